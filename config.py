@@ -1,0 +1,340 @@
+"""Settings, run folders and the chain of stages: the plumbing every script shares.
+
+    python SCRIPT.py --config NAME [--section.key value ...] [--stage STAGE] [--out DIR] [--force]
+
+`NAME` is configs/NAME.toml or a path. A settings file has one section per stage and states only what differs from the paper's values,
+which are the defaults below. Every stage writes runs/NAME/STAGE/; running one first runs the stages before it whose output is missing
+or was made with other settings, and prints the command for each.
+"""
+
+import dataclasses
+import difflib
+import hashlib
+import importlib
+import json
+import shutil
+import sys
+import time
+import tomllib
+from dataclasses import dataclass, field
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent
+
+
+class UserError(Exception):
+    """A mistake of the user's: shown as one line, exit code 2, no traceback."""
+
+
+# --------------------------------------------------------------------------------------------------------------- settings
+
+
+def setting(default, meaning: str):
+    return field(default=default, metadata={"help": meaning})
+
+
+@dataclass
+class Run:
+    seed: int = setting(0, "moves the world, the data order and the sampling")
+    threads: int = setting(0, "CPU threads of torch; 0 leaves torch's own choice")
+
+
+@dataclass
+class Data:
+    distill_pairs: int = setting(1000, "image generation pairs shown to the teacher (paper: about 10K, of which 5.5K were kept)")
+    pool_pairs: int = setting(1000, "pairs per task in the unified pool (paper: about 105K in all)")
+    test_pairs: int = setting(300, "pairs per task in the in-distribution test")
+    heldout_pairs: int = setting(100, "pairs per task whose colour-shape combinations were never trained on")
+    tie_pairs: int = setting(90, "pairs per generation task in the split of which a third are ties")
+
+
+@dataclass
+class Model:
+    path: str = setting("", "where the chain starts: a folder or hub name; empty means runs/NAME/base, trained from random weights")
+    hidden_size: int = setting(128, "width of the small text model")
+    layers: int = setting(4, "depth of the small text model")
+    heads: int = setting(4, "attention heads of the small text model")
+    intermediate_size: int = setting(384, "width of its MLPs")
+    vision_hidden_size: int = setting(96, "width of the small vision tower")
+    vision_layers: int = setting(2, "depth of the small vision tower")
+    vocab_size: int = setting(640, "entries of the byte-level BPE trained on the project's own text")
+
+
+@dataclass
+class SFT:
+    lr: float = setting(2.5e-6, "peak learning rate")
+    warmup: float = setting(0.03, "share of the steps in which the learning rate rises; a cosine brings it down to zero after that")
+    epochs: float = setting(3.0, "passes over the data")
+    batch_size: int = setting(128, "examples per optimiser step")
+    micro_batch: int = setting(16, "examples per forward pass; changes memory and speed, never the result")
+    weight_decay: float = setting(0.0, "decoupled weight decay of AdamW")
+    max_grad_norm: float = setting(1.0, "gradients are scaled down to this norm")
+    replay: float = setting(0.0, "practice examples of the base mixed in, per example of the stage's own; keeps direct answering alive")
+    freeze_vision: bool = setting(True, "train the language model only")
+
+
+@dataclass
+class Base(SFT):
+    rebuild: bool = setting(False, "train the base anew in runs/NAME/base instead of starting from model.path")
+    scenes: int = setting(8000, "pairs drawn for practice")
+    rows_per_scene: int = setting(5, "exercises written on each of them")
+    naming: int = setting(4000, "single pictures named first, before the mixture")
+    naming_epochs: float = setting(3.0, "passes over the naming examples")
+    freeze_vision: bool = setting(False, "the base is where seeing is learnt")
+
+
+@dataclass
+class Distill:
+    error_rate: float = setting(0.1, "share of its judgements in which the scripted teacher scores a dimension wrongly")
+
+
+@dataclass
+class Rejection:
+    temperature: float = setting(1.0, "sampling temperature of the judge")
+    max_new_tokens: int = setting(2048, "longest completion")
+    batch_rows: int = setting(256, "completions decoded together")
+
+
+@dataclass
+class GRPO:
+    mode: str = setting("think", "think or answer (the control without chain of thought)")
+    start: str = setting("rejection_sft", "stage whose checkpoint is trained")
+    data: str = setting("wrong", "samples trained on: wrong (what the judge got wrong, the paper's choice), correct, or pool (all)")
+    steps: int = setting(500, "rollouts, each followed by updates_per_rollout optimiser steps")
+    prompts_per_step: int = setting(64, "prompts per rollout (paper: one on each of 64 GPUs)")
+    group_size: int = setting(8, "completions per prompt, G")
+    updates_per_rollout: int = setting(1, "optimiser steps on each rollout; above 1 the clip begins to matter")
+    lr: float = setting(1e-6, "peak learning rate")
+    warmup: float = setting(0.03, "share of the steps in which the learning rate rises")
+    beta: float = setting(0.04, "weight of the KL penalty to the frozen reference; 0 does without a reference")
+    kl: str = setting("k3", "KL estimator: k1, k2 or k3")
+    clip_low: float = setting(0.2, "the ratio is clipped below 1 - clip_low")
+    clip_high: float = setting(0.2, "the ratio is clipped above 1 + clip_high")
+    scale_by_std: bool = setting(True, "divide advantages by the group's standard deviation; false is Dr. GRPO")
+    normalise: str = setting("rollout", "token (all tokens alike, DAPO), rollout (mean of each rollout's mean, GRPO) or constant (Dr. GRPO)")
+    format_weight: float = setting(1.0, "weight of the format reward")
+    accuracy_weight: float = setting(1.0, "weight of the accuracy reward")
+    consistency_weight: float = setting(0.0, "weight of a reward for sums that add up and a verdict that follows from them (not in the paper)")
+    temperature: float = setting(1.0, "sampling temperature; log-probabilities are taken at the same one")
+    max_new_tokens: int = setting(2048, "longest completion")
+    micro_prompts: int = setting(4, "groups per forward pass; changes memory and speed, never the result")
+    max_grad_norm: float = setting(1.0, "gradients are scaled down to this norm")
+    freeze_vision: bool = setting(True, "train the language model only")
+
+
+@dataclass
+class Evaluate:
+    max_new_tokens: int = setting(2048, "longest completion")
+    batch_rows: int = setting(256, "completions decoded together")
+    test_pairs: int = setting(0, "pairs per task used of each split; 0 takes all")
+
+
+@dataclass
+class Settings:
+    run: Run = field(default_factory=Run)
+    data: Data = field(default_factory=Data)
+    model: Model = field(default_factory=Model)
+    base: Base = field(default_factory=Base)
+    distill: Distill = field(default_factory=Distill)
+    cold_start: SFT = field(default_factory=SFT)
+    rejection: Rejection = field(default_factory=Rejection)
+    rejection_sft: SFT = field(default_factory=SFT)
+    direct_sft: SFT = field(default_factory=SFT)
+    grpo: GRPO = field(default_factory=GRPO)
+    grpo_direct: GRPO = field(default_factory=lambda: GRPO(mode="answer", start="base", data="pool", max_new_tokens=32))
+    evaluate: Evaluate = field(default_factory=Evaluate)
+
+
+def set_value(settings: Settings, name: str, value, source: str) -> None:
+    """Sets "section.key", refusing unknown names and wrong types. Strings from the command line are converted to the field's type."""
+    known = {f"{s.name}.{f.name}": f for s in dataclasses.fields(Settings) for f in dataclasses.fields(getattr(settings, s.name))}
+    if name not in known:
+        near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
+        raise UserError(f"{source}: unknown setting {name!r}; did you mean {near!r}?")
+    kind = known[name].type
+    if isinstance(value, str) and kind is not str:
+        try:
+            value = {"true": True, "false": False}[value.lower()] if kind is bool else kind(value)
+        except (KeyError, ValueError):
+            raise UserError(f"{source}: {name} takes {'true or false' if kind is bool else f'a number ({kind.__name__})'}, not {value!r}")
+    if kind is float and type(value) is int:
+        value = float(value)
+    if type(value) is not kind:
+        raise UserError(f"{source}: {name} takes {kind.__name__}, not {value!r}")
+    section, key = name.split(".")
+    setattr(getattr(settings, section), key, value)
+
+
+def load_settings(config: str, overrides: list) -> Settings:
+    """Defaults, then the settings file, then `overrides` [(section.key, text)]."""
+    path = Path(config) if config.endswith(".toml") else ROOT / "configs" / f"{config}.toml"
+    if not path.is_file():
+        raise UserError(f"no settings file {path}; configs/ has {', '.join(sorted(p.stem for p in (ROOT / 'configs').glob('*.toml')))}")
+    try:
+        table = tomllib.loads(path.read_text(encoding="utf-8"))
+    except tomllib.TOMLDecodeError as error:
+        raise UserError(f"{path}: {error}")
+    settings = Settings()
+    for section, values in table.items():
+        if not isinstance(values, dict):
+            raise UserError(f"{path}: {section!r} stands outside a section; write it under [section]")
+        for key, value in values.items():
+            set_value(settings, f"{section}.{key}", value, str(path))
+    for name, value in overrides:
+        set_value(settings, name, value, f"--{name}")
+    return settings
+
+
+def help_text(doc: str) -> str:
+    lines = [doc.strip(), "", "settings (section.key = default: meaning)"]
+    for section in dataclasses.fields(Settings):
+        values = section.default_factory()
+        lines += [""] + [f"  --{section.name}.{f.name} = {getattr(values, f.name)!r}: {f.metadata['help']}" for f in dataclasses.fields(values)]
+    return "\n".join(lines)
+
+
+# ----------------------------------------------------------------------------------------------------------------- stages
+
+STAGES = {  # name: (script, stages whose output it reads, sections that shape its output)
+    "data": ("data", [], ["data"]),
+    "base": ("sft", [], ["model", "base"]),
+    "distill": ("distill", ["data"], ["distill"]),
+    "cold_start": ("sft", ["base", "distill"], ["cold_start"]),
+    "rejection": ("rejection", ["data", "cold_start"], ["rejection"]),
+    "rejection_sft": ("sft", ["cold_start", "rejection"], ["rejection_sft"]),
+    "direct_sft": ("sft", ["base", "rejection"], ["direct_sft"]),
+    "grpo": ("grpo", ["rejection_sft", "rejection"], ["grpo"]),
+    "grpo_direct": ("grpo", ["base", "data"], ["grpo_direct"]),
+    "evaluate": ("evaluate", ["data", "base", "grpo_direct", "cold_start", "rejection_sft", "grpo"], ["evaluate"]),
+}
+
+
+def fingerprint(stage: str, settings: Settings) -> str:
+    """Changes when the settings of the stage or of anything it is made from change."""
+    _, inputs, sections = STAGES[stage]
+    facts = [dataclasses.asdict(getattr(settings, section)) for section in sections] + [settings.run.seed] + [fingerprint(s, settings) for s in inputs]
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def is_done(stage: str, settings: Settings, out: Path) -> bool:
+    file = out / stage / "done.json"
+    return file.is_file() and json.loads(file.read_text())["fingerprint"] == fingerprint(stage, settings)
+
+
+def plan(targets: list) -> list:
+    """The stages to have for `targets`, each after the ones it reads."""
+    stages = []
+    for target in targets:
+        stages += [stage for stage in plan(STAGES[target][1]) + [target] if stage not in stages]
+    return stages
+
+
+def do_stage(stage: str, settings: Settings, out: Path, command: str) -> None:
+    """Runs one stage into an empty folder; done.json, written last, makes it count."""
+    script, inputs, sections = STAGES[stage]
+    print(f"\n== {stage}: python {script}.py --stage {stage} {command}", flush=True)
+    started = time.time()
+    folder = out / stage
+    if folder.exists() and stage != "evaluate":  # evaluate keeps its judgements and knows which of them are still valid
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    seed_everything(settings, stage)
+    made = importlib.import_module(script).run(stage, settings, folder)
+    resolved = {section: dataclasses.asdict(getattr(settings, section)) for section in ["run", *sections]}
+    done = {"fingerprint": fingerprint(stage, settings), "made": made, "seconds": round(time.time() - started, 1), "settings": resolved}
+    write_text(folder / "done.json", json.dumps(done, indent=1))
+    print(f"   {made} ({done['seconds']:.0f} s) -> {folder}", flush=True)
+
+
+def seed_everything(settings: Settings, stage: str) -> None:
+    import torch  # here, so that --help and a mistyped setting answer at once
+
+    if settings.run.threads:
+        torch.set_num_threads(settings.run.threads)
+    torch.manual_seed(int.from_bytes(hashlib.sha256(f"{settings.run.seed}/{stage}".encode()).digest()[:4], "big"))
+
+
+def checkpoint(stage: str, settings: Settings, out: Path) -> str:
+    """Path of the weights a stage ended with. The base may be one that was not trained here."""
+    if stage == "base" and settings.model.path and not settings.base.rebuild:
+        local = ROOT / settings.model.path
+        return str(local) if local.is_dir() else settings.model.path
+    return str(out / stage)
+
+
+def main(default_stage: str) -> None:
+    """Entry point of every script: reads the command line, then runs the stage and what it needs."""
+    import __main__
+
+    arguments, options, overrides = sys.argv[1:], {}, []
+    flags = {"force": False, "help": False}
+    try:
+        while arguments:
+            name = arguments.pop(0)
+            if name in ("-h", "--help", "--force"):
+                flags["force" if name == "--force" else "help"] = True
+                continue
+            if not name.startswith("--"):
+                raise UserError(f"unexpected argument {name!r}; settings are given as --section.key value")
+            name, equals, value = name[2:].partition("=")
+            if not equals:
+                if not arguments:
+                    raise UserError(f"--{name} needs a value")
+                value = arguments.pop(0)
+            if "." in name:
+                overrides.append((name, value))
+            elif name in ("config", "stage", "out"):
+                options[name] = value
+            else:
+                raise UserError(f"unknown option --{name}; options are --config, --stage, --out, --force, --help and --section.key")
+        if flags["help"]:
+            return print(help_text(__main__.__doc__))
+        if "config" not in options:
+            raise UserError("say which settings: --config small (or a path to a .toml file); --help lists everything")
+        stage = options.get("stage", default_stage)
+        script = STAGES[default_stage][0]
+        allowed = [name for name, entry in STAGES.items() if entry[0] == script]
+        if stage not in allowed:
+            raise UserError(f"--stage {stage}: {script}.py runs {', '.join(allowed)}")
+        settings = load_settings(options["config"], overrides)
+        out = Path(options.get("out", ROOT / "runs" / Path(options["config"]).stem)).resolve()
+        command = " ".join([f"--config {options['config']}"] + [f"--{n} {v}" for n, v in overrides] + ([f"--out {options['out']}"] if "out" in options else []))
+        whole = stage in ("grpo", "evaluate")  # the last stages of the paper: end with the table
+        for step in plan(["data", stage, "evaluate"] if whole else [stage]):
+            if not is_done(step, settings, out) or (flags["force"] and step == stage):
+                do_stage(step, settings, out, command)
+            if whole:  # a chain that takes minutes shows early what each stage did
+                importlib.import_module("evaluate").after(step, settings, out)
+        if whole:
+            print("\n" + (out / "evaluate" / "table.txt").read_text())
+        print(f"report: {out / 'evaluate' / 'report.html'}" if whole else f"{stage} is ready in {out / stage}")
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("\ninterrupted: finished stages are kept; the same command goes on from the one that was running", file=sys.stderr)
+        sys.exit(130)
+
+
+# ------------------------------------------------------------------------------------------------------------- small tools
+
+
+def write_text(path: Path, text: str) -> None:
+    """Whole or not at all."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)
+
+
+def log(folder: Path, row: dict, file: str = "metrics.jsonl") -> None:
+    with open(folder / file, "a", encoding="utf-8") as stream:
+        stream.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+
+def progress(iterable, label: str, total: int | None = None):
+    """A tqdm bar on a terminal; in a log file a line every twenty seconds, since a bar's carriage returns are unreadable there."""
+    from tqdm import tqdm
+
+    if sys.stderr.isatty():
+        return tqdm(iterable, desc=f"   {label}", total=total, leave=False, mininterval=0.5)
+    return tqdm(iterable, desc=f"   {label}", total=total, leave=False, mininterval=20, ascii=True, bar_format="{desc}: {n_fmt}/{total_fmt} [{elapsed}<{remaining}]\n")

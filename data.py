@@ -1,0 +1,360 @@
+"""Data: one preference pair, the prompt made of it, and the verdict read back.
+
+Everything the other scripts know about the four tasks is here: their nouns, their dimensions, the exact verdict strings, the prompt
+text, the text a teacher writes, and the parser that reads such text back. Files are JSON lines in the official schemas,
+
+    GRPO   {"problem": "<image><image>...", "solution": "<answer>Image 1 is better</answer>", "images": [...]}
+    SFT    {"conversations": [{"from": "human", "value": ...}, {"from": "gpt", "value": ...}], "images": [...]}
+
+with the parts the prompt was made of ("task", "prompt", "answers", and the known "scores" and "reasons" of the small world) beside them.
+
+    python data.py --config small      writes the small world under runs/small/data
+"""
+
+import json
+import os
+import random
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import config
+
+# ------------------------------------------------------------------------------------------------------------------ tasks
+
+DIMENSIONS = {  # paper, section 3.1: what each task is judged on, every dimension from 1 to 10
+    "image_generation": ("semantic consistency", "aesthetics", "authenticity"),
+    "video_generation": ("semantic consistency", "temporal coherence", "authenticity"),
+    "image_understanding": ("semantic accuracy", "correctness", "clarity"),
+    "video_understanding": ("semantic accuracy", "correctness", "clarity"),
+}
+TASKS = tuple(DIMENSIONS)
+
+
+def is_video(task: str) -> bool:
+    return task.startswith("video")
+
+
+def is_generation(task: str) -> bool:
+    return task.endswith("generation")
+
+
+def candidate_noun(task: str) -> str:
+    """What a candidate is called: "Image" and "Video" in generation, "Answer" in understanding."""
+    return task.split("_")[0].capitalize() if is_generation(task) else "Answer"
+
+
+def verdict_strings(task: str) -> dict:
+    """{exact verdict: 1, 2 or 0 = tie}. Only the direct mode of generation asks for ties (paper, section 3.2)."""
+    noun = candidate_noun(task)
+    ties = {f"Both {noun.lower()}s are equally good": 0} if is_generation(task) else {}
+    return {f"{noun} 1 is better": 1, f"{noun} 2 is better": 2, **ties}
+
+
+def verdict_string(task: str, label: int) -> str:
+    return next(text for text, answer in verdict_strings(task).items() if answer == label)
+
+
+@dataclass
+class Sample:
+    """One preference pair. `media`: the two candidates of a generation task, or the one thing asked about; an image is a path, a video
+    a list of frame paths. `label`: 1 or 2 = the better candidate, 0 = tie, None = unknown. `scores` and `reasons`, known in the small
+    world only: {dimension: [candidate 1, candidate 2]}. `problem`: the whole prompt text of an official row that came without parts."""
+
+    id: str
+    task: str
+    prompt: str = ""
+    media: list = field(default_factory=list)
+    answers: list = field(default_factory=list)
+    label: int | None = None
+    scores: dict = field(default_factory=dict)
+    reasons: dict = field(default_factory=dict)
+    problem: str = ""
+
+    def swapped(self) -> "Sample":
+        """The same pair in the other order: media, answers, scores *and* label change places together."""
+        media = self.media[::-1] if is_generation(self.task) else self.media
+        flip = {1: 2, 2: 1}.get(self.label, self.label)
+        swap = lambda values: {key: pair[::-1] for key, pair in values.items()}
+        return Sample(self.id, self.task, self.prompt, media, self.answers[::-1], flip, swap(self.scores), swap(self.reasons), self.problem)
+
+
+# ---------------------------------------------------------------------------------------------------------------- prompts
+
+STEPS = ("check", "score", "total", "decide")
+THINK = "<think>"  # opened by the prompt in think mode, so that the completion starts inside the block
+
+
+def media_parts(sample: Sample) -> list:
+    """The content parts that show the pair, up to the instruction. Parts are in the chat format of transformers and OpenAI."""
+    kind = "video" if is_video(sample.task) else "image"
+    show = [{"type": kind, kind: item} for item in sample.media]
+    if sample.problem:
+        return show
+    if is_generation(sample.task):
+        named = [[{"type": "text", "text": f"{kind.capitalize()} {k}: "}, part] for k, part in enumerate(show, 1)]
+        return sum(named, []) + [{"type": "text", "text": f"\nCaption: {sample.prompt}\n"}]
+    answers = "".join(f"Answer {k}: {answer}\n" for k, answer in enumerate(sample.answers, 1))
+    return show + [{"type": "text", "text": f"\nQuestion: {sample.prompt}\n{answers}"}]
+
+
+def build_prompt(sample: Sample, mode: str, style: str = "short", allow_tie: bool = False) -> list:
+    """The user turn for one pair as content parts. `mode` "think" asks for reasoning in the format that `write_reasoning` writes and
+    `parse_verdict` reads, "answer" for the bare verdict. `style` "short" only names the dimensions and the steps, which a model that
+    was trained on them understands; "full" explains them to a model that never saw the task. `allow_tie`: direct mode of generation."""
+    noun, dimensions = candidate_noun(sample.task), DIMENSIONS[sample.task]
+    ties = allow_tie and mode == "answer" and is_generation(sample.task)
+    if sample.problem:
+        text = sample.problem
+    elif style == "short":
+        text = steps_text(sample.task, dimensions, STEPS) if mode == "think" else direct_text(sample.task, ties)
+    else:
+        allowed = list(verdict_strings(sample.task))[: 3 if ties else 2]
+        choices = " or ".join(f"<answer>{text}</answer>" for text in allowed)
+        asked = "how well it fits the caption and how well it is made" if is_generation(sample.task) else "how well it answers the question about what is shown"
+        text = f"Two candidates, {noun} 1 and {noun} 2, are to be compared by {asked}.\n"
+        if mode == "think":
+            text += (
+                f"Work inside <think> and </think>. Take these dimensions one after the other: {', '.join(dimensions)}; add one or two of your own "
+                f"only where the pair calls for it. Give each dimension a numbered item, and in it, for {noun} 1 and for {noun} 2, first what you "
+                f"observe and then a whole-number score from 1 to 10 written as (x/10). Close with a line that starts with \"Total score:\" and "
+                f"writes out both sums, for example \"{noun} 1: 7+8+6=21. {noun} 2: 9+6+5=20.\" The larger sum wins; keep the sums from being equal.\n"
+                f"Then, on a new line, write exactly one of: {choices}"
+            )
+        else:
+            text += f"Do not explain. Write exactly one of: {choices}"
+    return media_parts(sample) + [{"type": "text", "text": text}]
+
+
+def steps_text(task: str, dimensions, steps) -> str:
+    """Instruction of the short style. The base model practises pieces of the steps, never all four (see sft.py)."""
+    noun = candidate_noun(task)
+    return f"Compare {noun} 1 and {noun} 2 on {', '.join(dimensions)}. Steps: {', '.join(steps)}."
+
+
+def direct_text(task: str, allow_tie: bool) -> str:
+    noun = candidate_noun(task)
+    return f"Which is better, {noun} 1 or {noun} 2{', or are both equally good' if allow_tie else ''}? Answer directly."
+
+
+# -------------------------------------------------------------------------------------------------------------- reasoning
+
+
+def write_items(noun: str, reasons: dict, scores: dict) -> str:
+    """One numbered line per dimension; `noun` "Image" names the candidates "Image 1" and "Image 2" (one candidate: plain "Image")."""
+    lines = []
+    for number, dimension in enumerate(reasons, 1):
+        pairs = list(zip(reasons[dimension], scores[dimension]))
+        said = [f"{noun}{f' {k}' if len(pairs) > 1 else ''}: {reason} ({score}/10)." for k, (reason, score) in enumerate(pairs, 1)]
+        lines.append(f"{number}. {dimension.capitalize()}: {' '.join(said)}")
+    return "\n".join(lines)
+
+
+def write_totals(noun: str, scores: dict) -> str:
+    sums = [[pair[k] for pair in scores.values()] for k in (0, 1)]
+    return "Total score: " + " ".join(f"{noun} {k}: {'+'.join(map(str, values))}={sum(values)}." for k, values in enumerate(sums, 1))
+
+
+def write_reasoning(task: str, reasons: dict, scores: dict, verdict: str) -> str:
+    """The chain of thought of paper figure 2: items, totals, verdict. `parse_verdict` is its inverse."""
+    noun = candidate_noun(task)
+    return f"{THINK}{write_items(noun, reasons, scores)}\n{write_totals(noun, scores)}</think>\n<answer>{verdict}</answer>"
+
+
+@dataclass
+class Verdict:
+    """What `parse_verdict` read. `scores` and `reasons`: {dimension: {candidate: value}}; `totals`: {candidate: stated sum};
+    `sums_ok`: each stated sum has the item scores as its terms and adds up; `consistent`: sums_ok and the verdict follows from them."""
+
+    answer: int | None
+    format_ok: bool
+    scores: dict
+    reasons: dict
+    totals: dict
+    sums_ok: bool
+    consistent: bool
+
+
+FORMAT = re.compile(r"<think>(.*?)</think>\s*<answer>(.*?)</answer>", re.DOTALL)
+TAG = re.compile(r"</?(?:think|answer)>")
+HEADING = re.compile(r"(?:^|(?<=\s))\d{1,2}\. {0,3}\**([A-Za-z][A-Za-z &/-]{1,60}?)\** {0,3}:")
+NUMBER = r"\d{1,3}(?:\.\d)?"
+
+
+def parse_answer(text: str, task: str) -> int | None:
+    """1, 2, 0 = tie, or None = unreadable. The verdict is the content of the one answer block after </think> (of the one block, if
+    there is no reasoning) and must be one of the task's strings to the letter: reasoning that merely mentions a verdict decides nothing."""
+    if "<think>" in text or "</think>" in text:
+        text = text.partition("</think>")[2]
+    if text.count("<answer>") != 1 or text.count("</answer>") != 1:
+        return None
+    block = re.search(r"<answer>(.*)</answer>", text, re.DOTALL)
+    return verdict_strings(task).get(block.group(1).strip()) if block else None
+
+
+def parse_format(text: str) -> bool:
+    """The whole text is one non-empty think block without tags inside, white space, one answer block: `\\A` and `\\Z` matter."""
+    match = FORMAT.fullmatch(text)
+    return bool(match) and bool(match.group(1).strip()) and not TAG.search(match.group(1)) and not TAG.search(match.group(2))
+
+
+def parse_verdict(text: str, task: str) -> Verdict:
+    """Reads a judgement. Scores are bound to the candidate *named* before them, never to position: candidates may swap places within a
+    dimension, stand on lines of their own, and dimensions may be added. A dimension that scores a candidate twice is left out."""
+    noun = candidate_noun(task)
+    answer, format_ok = parse_answer(text, task), parse_format(text)
+    thought, _, closing = text.partition("</think>")[0].rpartition(THINK)[2].partition("Total score")
+    scores, reasons = {}, {}
+    headings = list(HEADING.finditer(thought))
+    for heading, following in zip(headings, headings[1:] + [None]):
+        item = thought[heading.end() : following.start() if following else len(thought)]
+        found = {}
+        candidate, start = None, 0
+        for match in re.finditer(rf"\b{noun} ([12])\b:?|\(({NUMBER})/10\)", item):
+            if match.group(1):
+                candidate, start = int(match.group(1)), match.end()
+            elif candidate:
+                found.setdefault(candidate, []).append((float(match.group(2)), item[start : match.start()].strip()))
+        if found and all(len(entries) == 1 for entries in found.values()):
+            dimension = heading.group(1).strip().lower()
+            scores[dimension] = {k: entries[0][0] for k, entries in found.items()}
+            reasons[dimension] = {k: entries[0][1] for k, entries in found.items()}
+    stated = {}
+    for match in re.finditer(rf"\b{noun} ([12])\b[:\s]*({NUMBER}(?:\s*\+\s*{NUMBER})*)\s*=\s*({NUMBER})", closing):
+        stated.setdefault(int(match.group(1)), ([float(term) for term in match.group(2).split("+")], float(match.group(3))))
+    totals = {k: total for k, (_, total) in stated.items()}
+    sums_ok = set(stated) == {1, 2} and bool(scores) and all(
+        sum(terms) == total and sorted(terms) == sorted(pair[k] for pair in scores.values() if k in pair) for k, (terms, total) in stated.items()
+    )
+    follows = sums_ok and answer == (0 if totals[1] == totals[2] else 1 if totals[1] > totals[2] else 2)
+    return Verdict(answer, format_ok, scores, reasons, totals, sums_ok, follows)
+
+
+# ------------------------------------------------------------------------------------------------------------------ files
+
+
+def to_text(parts: list) -> tuple:
+    """Content parts -> (text with <image> and <video> placeholders, flat list of files), as the official schemas hold them."""
+    text = "".join(part["text"] if part["type"] == "text" else f"<{part['type']}>" for part in parts)
+    files = [item for part in parts if part["type"] != "text" for item in flat(part[part["type"]])]
+    return text, files
+
+
+def flat(item) -> list:
+    return list(item) if isinstance(item, (list, tuple)) else [item]
+
+
+def from_text(text: str, files: list) -> list:
+    """The inverse of `to_text`: an <image> takes one file, the <video>s share the rest evenly."""
+    pieces = re.split(r"(<image>|<video>)", text)
+    clips = pieces.count("<video>")
+    length = (len(files) - pieces.count("<image>")) // clips if clips else 0
+    rest, parts = iter(files), []
+    for piece in pieces:
+        if piece == "<image>":
+            parts.append({"type": "image", "image": next(rest)})
+        elif piece == "<video>":
+            parts.append({"type": "video", "video": [next(rest) for _ in range(length)]})
+        elif piece:
+            parts.append({"type": "text", "text": piece})
+    return parts
+
+
+def sample_row(sample: Sample, mode: str = "think") -> dict:
+    """The official GRPO row of a sample, with the sample's own parts beside it."""
+    problem, files = to_text(build_prompt(sample, mode))
+    row = {"id": sample.id, "task": sample.task, "problem": problem, "images": files, "prompt": sample.prompt}
+    if sample.label is not None:
+        row["solution"] = f"<answer>{verdict_string(sample.task, sample.label)}</answer>"
+    return row | {key: getattr(sample, key) for key in ("answers", "scores", "reasons") if getattr(sample, key)}
+
+
+def sft_row(sample: Sample, mode: str, response: str) -> dict:
+    """The official SFT row: the prompt of `sample` and the text the model is to learn."""
+    row = sample_row(sample, mode)
+    return row | {"mode": mode, "conversations": [{"from": "human", "value": row.pop("problem")}, {"from": "gpt", "value": response}]}
+
+
+def row_sample(row: dict, root: Path) -> Sample:
+    """A row of either schema -> Sample. An official row without our parts is read by its verdict and its files."""
+    files = [str(root / file) for file in row.get("images", [])]
+    text = row["solution"] if "solution" in row else row["conversations"][1]["value"] if "conversations" in row else ""
+    task = row.get("task") or infer_task(text, len(files))
+    clips = (2 if is_generation(task) else 1) if is_video(task) else 0
+    media = [files[k * len(files) // clips : (k + 1) * len(files) // clips] for k in range(clips)] if clips else files
+    problem = "" if "prompt" in row else re.sub(r"<image>|<video>", "", row.get("problem") or row["conversations"][0]["value"])
+    return Sample(str(row.get("id", "")), task, row.get("prompt", ""), media, row.get("answers", []), parse_answer(text, task), row.get("scores", {}), row.get("reasons", {}), problem)
+
+
+def infer_task(text: str, files: int) -> str:
+    """The task of an official row, from its verdict's noun and the number of its files."""
+    noun = re.search(r"<answer>\s*(Image|Video|Answer) ", text)
+    if not noun:
+        raise ValueError("no task and no verdict that tells it; add \"task\": one of " + ", ".join(TASKS))
+    return {"Image": "image_generation", "Video": "video_generation"}.get(noun.group(1), "image_understanding" if files == 1 else "video_understanding")
+
+
+def read_jsonl(path) -> list:
+    """Rows of a JSON lines (or JSON list) file; a broken line is named and fatal."""
+    text = Path(path).read_text(encoding="utf-8")
+    if text.lstrip().startswith("["):
+        return json.loads(text)
+    rows = []
+    for number, line in enumerate(text.splitlines(), 1):
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            raise config.UserError(f"{path}, line {number}: not JSON ({error.msg})")
+    return rows
+
+
+def read_samples(path) -> list:
+    root, samples = Path(path).parent, []
+    for number, row in enumerate(read_jsonl(path), 1):
+        try:
+            samples.append(row_sample(row, root))
+        except (KeyError, ValueError, TypeError, IndexError) as error:
+            raise config.UserError(f"{path}, row {number}: {type(error).__name__}: {error}")
+    return samples
+
+
+def read_conversations(path) -> list:
+    """SFT rows -> [(content parts, response text)]. Rows with a sample's parts are prompted anew from them."""
+    root, pairs = Path(path).parent, []
+    for row in read_jsonl(path):
+        human, response = (turn["value"] for turn in row["conversations"])
+        parts = build_prompt(row_sample(row, root), row["mode"]) if "mode" in row else from_text(human, [str(root / file) for file in row.get("images", [])])
+        pairs.append((parts, response))
+    return pairs
+
+
+def write_jsonl(path, rows) -> None:
+    """Writes the whole file or nothing: a reader never sees half of it. Files of "images" are named from the file's own folder, so a
+    run folder can be moved."""
+    folder, lines = Path(path).parent, []
+    for row in rows:
+        if "images" in row:
+            row = row | {"images": [os.path.relpath(file, folder) if os.path.isabs(file) else file for file in row["images"]]}
+        lines.append(json.dumps(row, ensure_ascii=False) + "\n")
+    config.write_text(Path(path), "".join(lines))
+
+
+# ------------------------------------------------------------------------------------------------------------------ stage
+
+
+def run(stage: str, settings: config.Settings, out: Path) -> str:
+    """Draws the small world: the unified pool, image generation pairs for distillation, and three test splits."""
+    import shapes  # here, because the small world itself is written in this file's terms
+
+    made = settings.data
+    plan = {"distill": (["image_generation"], made.distill_pairs, shapes.SEEN, 0.0), "pool": (TASKS, made.pool_pairs, shapes.SEEN, 0.0),
+            "test": (TASKS, made.test_pairs, shapes.SEEN, 0.0), "heldout": (TASKS, made.heldout_pairs, shapes.ALL, 0.0),
+            "ties": (["image_generation", "video_generation"], made.tie_pairs, shapes.SEEN, 1 / 3)}
+    for split, (tasks, count, pool, tie_share) in plan.items():
+        rng = random.Random(f"{settings.run.seed}/{split}")
+        shapes.write_split(out, split, [(task, k < count * tie_share) for task in tasks for k in range(count)], pool, rng)
+    return ", ".join(f"{split} {len(tasks) * count}" for split, (tasks, count, *_) in plan.items()) + " pairs"
+
+
+if __name__ == "__main__":
+    config.main("data")

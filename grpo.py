@@ -1,0 +1,201 @@
+"""Stage 3, GRPO: reinforcement learning on the samples the model still gets wrong.
+
+Paper, section 4.3. For each prompt sample G completions y_1..y_G from the policy, reward each, and compare within the group:
+
+    R_i   = format (0/1) + accuracy (0/1)
+    A_i   = (R_i - mean R) / (std R + 1e-4)                                   unbiased std over the group
+    rho_t = pi(y_t) / pi_old(y_t)
+    loss  = - mean over rollouts, mean over tokens of  min(rho_t A, clip(rho_t, 1-eps, 1+eps) A) - beta KL_t
+    KL_t  = exp(d) - d - 1,   d = log pi_ref(y_t) - log pi(y_t)               (k3; reference = the model entering the stage)
+
+The value of this loss says nothing: with one update per rollout rho = 1, the advantages of a group sum to zero, and the loss is beta
+times a tiny KL. Its *gradient* is that of REINFORCE with the group's mean as baseline. Watch the rewards instead.
+
+Departures from the official code: (1) denominators are those of the whole update, fixed before the micro-batch loop. (2) A group of
+equal rewards gets advantages of exactly 0. (3) The format reward wants the whole text to match, end included. (4) Log-probabilities are
+those of the distribution that was sampled. (5) The prompt is run once per group, for the update as for the rollout.
+
+    python grpo.py --config small
+"""
+
+import random
+import re
+import time
+from pathlib import Path
+
+import torch
+
+import config
+import data
+import model as M
+from sft import learning_rate
+
+# ---------------------------------------------------------------------------------------------------------- the mathematics
+
+
+def group_advantages(rewards: torch.Tensor, scale_by_std: bool = True, eps: float = 1e-4) -> torch.Tensor:
+    """A = (R - mean) / (std + eps) within each group, unbiased std; `scale_by_std=False` is Dr. GRPO's A = R - mean. [P, G] -> [P, G]
+
+    A group of equal rewards gets exactly 0: in fp32 the mean of eight equal numbers need not be that number, and the residue divided
+    by a small eps would be noise of ordinary size."""
+    advantages = rewards - rewards.mean(1, keepdim=True)
+    if scale_by_std and rewards.shape[1] > 1:
+        advantages = advantages / (rewards.std(1, keepdim=True) + eps)
+    return advantages.masked_fill((rewards == rewards[:, :1]).all(1, keepdim=True), 0.0)
+
+
+def kl_estimate(logprobs: torch.Tensor, ref_logprobs: torch.Tensor, kind: str = "k3") -> torch.Tensor:
+    """Per-token estimate of KL(pi || pi_ref) from tokens sampled from pi (Schulman's k1, k2, k3), d = log pi_ref - log pi.
+    k1 = -d is unbiased but its gradient has mean zero; k2 = d^2/2; k3 = exp(d) - d - 1 is unbiased and never negative."""
+    d = ref_logprobs - logprobs
+    if kind == "k1":
+        return -d
+    if kind == "k2":
+        return d.square() / 2
+    if kind == "k3":
+        return d.exp() - d - 1
+    raise ValueError(f"kl is k1, k2 or k3, not {kind!r}")
+
+
+def grpo_loss(logprobs, old_logprobs, ref_logprobs, advantages, completion_mask, clip_low: float = 0.2, clip_high: float = 0.2, beta: float = 0.04,
+              kl: str = "k3", normalise: str = "rollout", rollouts: int | None = None, tokens: int | None = None, max_length: int | None = None) -> tuple:
+    """The clipped objective with its KL penalty, as a loss. logprobs, old_logprobs, ref_logprobs, completion_mask [B, T];
+    advantages [B]; ref_logprobs may be None where beta is 0. Returns (loss, metrics).
+
+    normalise: "rollout" = mean over rollouts of the mean over their tokens (GRPO); "token" = sum over all tokens / all tokens (DAPO);
+    "constant" = sum / (rollouts * max_length) (Dr. GRPO). `rollouts`, `tokens`: counts of the *whole update* when this is one
+    micro-batch of it; losses and metrics of the micro-batches then add up to those of the update."""
+    mask = completion_mask.bool()
+    lengths = mask.sum(1)
+    rollouts, tokens = rollouts or mask.shape[0], tokens or int(lengths.sum())
+    # Differences are masked before exp: an overflow on padding would come back as inf * 0 = NaN.
+    ratio = (logprobs - old_logprobs).masked_fill(~mask, 0.0).exp()  # [B, T]
+    clipped = ratio.clamp(1 - clip_low, 1 + clip_high)
+    objective = torch.minimum(ratio * advantages[:, None], clipped * advantages[:, None])
+    kl_t = torch.zeros_like(ratio)
+    if beta:
+        kl_t = kl_estimate(logprobs.masked_fill(~mask, 0.0), ref_logprobs.masked_fill(~mask, 0.0), kl)
+    per_token = (beta * kl_t - objective) * mask
+    if normalise == "rollout":
+        loss = (per_token.sum(1) / lengths.clamp(min=1)).sum() / rollouts
+    elif normalise == "token":
+        loss = per_token.sum() / tokens
+    elif normalise == "constant":
+        loss = per_token.sum() / (rollouts * (max_length or mask.shape[1]))
+    else:
+        raise ValueError(f"normalise is rollout, token or constant, not {normalise!r}")
+    with torch.no_grad():
+        outside = ((ratio < 1 - clip_low) & (advantages[:, None] < 0)) | ((ratio > 1 + clip_high) & (advantages[:, None] > 0))
+        metrics = {"kl": ((kl_t * mask).sum() / tokens).item(), "clip_share": ((outside & mask).sum() / tokens).item(),
+                   "ratio": ((ratio * mask).sum() / tokens).item()}
+    return loss, metrics
+
+
+# ---------------------------------------------------------------------------------------------------------------- rewards
+
+
+def rewards_of(text: str, sample: data.Sample, mode: str) -> dict:
+    """The rewards of one completion, each 0 or 1, kept apart so that they can be logged apart. Format and accuracy are the paper's;
+    consistency asks for sums that add up and a verdict that follows from them."""
+    verdict = data.parse_verdict(text, sample.task)
+    format_ok = verdict.format_ok if mode == "think" else bool(re.fullmatch(r"<answer>[^<]*</answer>", text))
+    return {"format": float(format_ok), "accuracy": float(verdict.answer == sample.label), "consistency": float(verdict.consistent)}
+
+
+# -------------------------------------------------------------------------------------------------------- rollout and update
+
+
+def rollout(model, processor, samples: list, own: config.GRPO, prompts: list) -> tuple:
+    """G completions per prompt: (Completions, texts [P * G], {reward: [P, G]})."""
+    made = M.generate(model, processor, prompts, own.group_size, own.max_new_tokens, own.temperature, batch_rows=len(prompts) * own.group_size)
+    prefix = data.THINK if own.mode == "think" else ""
+    texts = [prefix + processor.text(ids[:length]) for ids, length in zip(made.ids, made.lengths)]
+    each = [rewards_of(text, samples[row // own.group_size], own.mode) for row, text in enumerate(texts)]
+    return made, texts, {name: torch.tensor([r[name] for r in each]).view(len(samples), own.group_size) for name in each[0]}
+
+
+def update(model, processor, optimizer, prompts: list, made: M.Completions, advantages: torch.Tensor, ref_logprobs, own: config.GRPO) -> dict:
+    """One optimiser step on a rollout, in micro-batches of whole groups. advantages [P, G]. Returns the update's metrics."""
+    G, mask, totals = own.group_size, made.mask, {}
+    optimizer.zero_grad()
+    for k in range(0, len(prompts), own.micro_prompts):
+        rows = slice(k * G, (k + own.micro_prompts) * G)
+        width = int(made.lengths[rows].max())
+        logprobs, entropy = M.completion_logprobs(model, processor, prompts[k : k + own.micro_prompts], made.ids[rows, :width], made.lengths[rows],
+                                                  own.temperature, with_entropy=True)
+        # With one update per rollout the policy has not moved since it sampled: pi_old = pi, exactly.
+        old = logprobs.detach() if own.updates_per_rollout == 1 else made.logprobs[rows, :width]
+        loss, metrics = grpo_loss(logprobs, old, None if ref_logprobs is None else ref_logprobs[rows, :width], advantages.flatten()[rows], mask[rows, :width],
+                                  own.clip_low, own.clip_high, own.beta, own.kl, own.normalise, len(mask), int(mask.sum()), own.max_new_tokens)
+        loss.backward()
+        metrics |= {"loss": loss.item(), "entropy": (entropy.sum() / mask.sum()).item()}
+        totals = {name: totals.get(name, 0.0) + value for name, value in metrics.items()}
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), own.max_grad_norm)
+    if not torch.isfinite(norm):
+        raise config.UserError(f"the gradient is not finite; lower the learning rate (lr = {own.lr}) or raise beta")
+    optimizer.step()
+    return totals | {"grad_norm": norm.item()}
+
+
+# ------------------------------------------------------------------------------------------------------------------ stage
+
+
+def training_samples(own: config.GRPO, out: Path) -> list:
+    files = {"wrong": "rejection/wrong.jsonl", "correct": "rejection/correct.jsonl", "pool": "data/pool.jsonl"}
+    if own.data not in files:
+        raise config.UserError(f"data is {', '.join(files)}, not {own.data!r}")
+    samples = data.read_samples(out / files[own.data])
+    if not samples:
+        raise config.UserError(f"{out / files[own.data]} is empty: there is nothing to train on")
+    return samples
+
+
+def run(stage: str, settings: config.Settings, folder: Path) -> str:
+    own, out = getattr(settings, stage), folder.parent
+    samples = training_samples(own, out)
+    start = config.checkpoint(own.start, settings, out)
+    model, processor = M.load(start)
+    reference = M.load(start)[0] if own.beta else None
+    if own.freeze_vision:
+        M.freeze_vision(model)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.0, weight_decay=0.0)
+    rng, order, first_rewards, last_rewards = random.Random(f"{settings.run.seed}/{stage}"), [], [], []
+    for step in config.progress(range(own.steps), stage):
+        while len(order) < own.prompts_per_step:
+            order += rng.sample(range(len(samples)), len(samples))
+        batch, order = [samples[k] for k in order[: own.prompts_per_step]], order[own.prompts_per_step :]
+        clock = [time.time()]
+        prompts = [M.encode(processor, model, data.build_prompt(s, own.mode), data.THINK if own.mode == "think" else "") for s in batch]
+        made, texts, rewards = rollout(model, processor, batch, own, prompts)
+        total = sum(getattr(own, f"{name}_weight") * reward for name, reward in rewards.items())  # [P, G]
+        advantages = group_advantages(total, own.scale_by_std)
+        clock.append(time.time())
+        ref_logprobs = None
+        if reference is not None:
+            with torch.no_grad():
+                ref_logprobs = M.completion_logprobs(reference, processor, prompts, made.ids, made.lengths, own.temperature)
+        clock.append(time.time())
+        rate = learning_rate(step, own.steps, own.lr, own.warmup)
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        for _ in range(own.updates_per_rollout):
+            metrics = update(model, processor, optimizer, prompts, made, advantages, ref_logprobs, own)
+        clock.append(time.time())
+        row = {"step": step + 1, "reward": total.mean().item()} | {f"reward_{name}": reward.mean().item() for name, reward in rewards.items()} | metrics | {
+            "zero_variance_share": (total == total[:, :1]).all(1).float().mean().item(), "reward_std": total.std(1).mean().item(),
+            "length": made.lengths.float().mean().item(), "truncated_share": made.truncated.float().mean().item(), "lr": rate,
+            "seconds_rollout": clock[1] - clock[0], "seconds_reference": clock[2] - clock[1], "seconds_update": clock[3] - clock[2]}
+        config.log(folder, {name: round(value, 6) if isinstance(value, float) else value for name, value in row.items()})
+        shown = step % len(batch)  # one whole group a step, to be read
+        group = slice(shown * own.group_size, (shown + 1) * own.group_size)
+        config.log(folder, {"step": step + 1, "id": batch[shown].id, "task": batch[shown].task, "label": batch[shown].label, "prompt": batch[shown].prompt,
+                            "answers": batch[shown].answers, "completions": texts[group], "rewards": total[shown].tolist(), "advantages": advantages[shown].tolist()}, "samples.jsonl")
+        (first_rewards if step < max(1, own.steps // 5) else last_rewards).append(row["reward_accuracy"])
+        last_rewards = last_rewards[-max(1, own.steps // 5) :]
+    M.save(model, processor, folder)
+    mean = lambda values: sum(values) / max(1, len(values))
+    return f"{own.steps} steps of {own.prompts_per_step} x {own.group_size} completions on {len(samples)} samples; accuracy reward {mean(first_rewards):.2f} in the first fifth, {mean(last_rewards):.2f} in the last"
+
+
+if __name__ == "__main__":
+    config.main("grpo")

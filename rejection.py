@@ -1,0 +1,43 @@
+"""Stage 2a, rejection sampling: the cold-started model judges the whole unified pool.
+
+Paper, section 4.2: what it judges correctly becomes SFT data on all tasks (its own reasoning, written back to it); what it judges
+wrongly is kept for GRPO, where there is still something to learn. One sample per pair at temperature 1.
+
+    python rejection.py --config small
+
+Writes correct.jsonl (SFT schema: correct and well-formed), wrong.jsonl (GRPO schema: wrong or malformed) and yield.json.
+"""
+
+import json
+from pathlib import Path
+
+import config
+import data
+import model as M
+
+
+def run(stage: str, settings: config.Settings, folder: Path) -> str:
+    own, out = settings.rejection, folder.parent
+    samples = data.read_samples(out / "data" / "pool.jsonl")
+    model, processor = M.load(config.checkpoint("cold_start", settings, out))
+    prompts = [M.encode(processor, model, data.build_prompt(sample, "think"), data.THINK) for sample in samples]
+    made = M.generate(model, processor, prompts, max_new_tokens=own.max_new_tokens, temperature=own.temperature, batch_rows=own.batch_rows, label="judging the pool")
+    correct, wrong, counts = [], [], {task: {"pairs": 0, "correct": 0, "malformed": 0} for task in data.TASKS}
+    for sample, ids, length in zip(samples, made.ids, made.lengths):
+        text = data.THINK + processor.text(ids[:length])
+        verdict = data.parse_verdict(text, sample.task)
+        good = verdict.format_ok and verdict.answer == sample.label
+        counts[sample.task]["pairs"] += 1
+        counts[sample.task]["correct"] += good
+        counts[sample.task]["malformed"] += not (verdict.format_ok and verdict.answer is not None)
+        correct.append(data.sft_row(sample, "think", text)) if good else wrong.append(data.sample_row(sample) | {"judged": text})
+    data.write_jsonl(folder / "correct.jsonl", correct)
+    data.write_jsonl(folder / "wrong.jsonl", wrong)
+    (folder / "yield.json").write_text(json.dumps(counts, indent=1))
+    for task, count in counts.items():
+        print(f"   {task:<22} {count['correct']:>5} of {count['pairs']} correct ({count['correct'] / max(1, count['pairs']):.1%}), {count['malformed']} malformed")
+    return f"{len(correct)} correct -> SFT, {len(wrong)} wrong or malformed -> GRPO"
+
+
+if __name__ == "__main__":
+    config.main("rejection")

@@ -1,0 +1,139 @@
+"""Supervised fine-tuning: the one loop behind the base, the cold start (1b), rejection-sampled SFT (2b) and the direct control.
+
+Paper, section 4: L = - sum_t log p(y_t | x, y_<t), summed over the response only (EOS included), averaged over its tokens.
+The stages differ in their data alone:
+
+    base            exercises on all four tasks, no chain of thought; stands for the pretrained UnifiedReward
+    cold_start      the teacher's reasoning on image generation: teaches the format
+    rejection_sft   the cold-started model's own correct reasoning on all tasks
+    direct_sft      control: the same samples as rejection_sft with the bare verdict as response
+
+Departures from the paper: (1) `replay` mixes base exercises into the later stages; without them the cold start erases direct answers.
+(2) Every gradient is divided by the number of response tokens of the whole batch, counted before the micro-batch loop, so the
+micro-batch size never changes the result.
+
+    python sft.py --config small --stage cold_start
+"""
+
+import math
+import random
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+import config
+import data
+import model as M
+
+# --------------------------------------------------------------------------------------------------------------- the loss
+
+
+def sft_loss(logits: torch.Tensor, ids: torch.Tensor, response_mask: torch.Tensor, tokens: int) -> torch.Tensor:
+    """- sum over response tokens of log p(y_t | x, y_<t) / `tokens`, the response tokens of the *whole* batch.
+    logits [B, L, V], ids [B, L], response_mask [B, L] (1 where ids is part of the response) -> scalar"""
+    mask = response_mask[:, 1:].bool()  # the logits at t predict the token at t + 1
+    return F.cross_entropy(logits[:, :-1][mask].float(), ids[:, 1:][mask], reduction="sum") / tokens
+
+
+def learning_rate(step: int, steps: int, peak: float, warmup: float) -> float:
+    """Linear from 0 over the first `warmup` share of the steps, then a cosine to 0. Step counts from 0; its rate is that of its end."""
+    rising = max(1, round(warmup * steps))
+    if step < rising:
+        return peak * (step + 1) / rising
+    return peak * 0.5 * (1 + math.cos(math.pi * (step + 1 - rising) / max(1, steps + 1 - rising)))
+
+
+def response_mask(encoded: list, length: int) -> torch.Tensor:
+    """[B, length] for right-padded rows: 1 on the response and its EOS."""
+    position = torch.arange(length)
+    return torch.stack([(position >= e["prompt_length"]) & (position < len(e["ids"])) for e in encoded])
+
+
+# --------------------------------------------------------------------------------------------------------------- the loop
+
+
+def encode_example(processor, model, example: tuple) -> dict:
+    """(content parts, response) -> tensors. The prompt opens <think>, so the tag itself is not learnt."""
+    parts, response = example
+    prefix = data.THINK if response.startswith(data.THINK) else ""
+    return M.encode(processor, model, parts, prefix, response[len(prefix):])
+
+
+def train(model, processor, examples: list, settings: config.SFT, folder: Path, seed: str, label: str) -> None:
+    """Plain SFT of `model`, in place, on [(content parts, response)]; writes folder/metrics.jsonl."""
+    if not examples:
+        raise config.UserError(f"{label}: there is nothing to train on")
+    if settings.freeze_vision:
+        M.freeze_vision(model)
+    device, pad = M.device_of(model), processor.tokenizer.pad_token_id
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.0, betas=(0.9, 0.95), weight_decay=settings.weight_decay)
+    steps = max(1, round(len(examples) * settings.epochs / settings.batch_size))
+    rng, order, started = random.Random(seed), [], time.time()
+    for step in config.progress(range(steps), label):
+        while len(order) < settings.batch_size:
+            order += rng.sample(range(len(examples)), len(examples))
+        taken, order = order[: settings.batch_size], order[settings.batch_size :]
+        batch = sorted((encode_example(processor, model, examples[k]) for k in taken), key=lambda e: len(e["ids"]))  # like lengths together
+        tokens = sum(len(e["ids"]) - e["prompt_length"] for e in batch)
+        rate = learning_rate(step, steps, settings.lr, settings.warmup)
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        optimizer.zero_grad()
+        total = 0.0
+        for k in range(0, len(batch), settings.micro_batch):
+            micro = batch[k : k + settings.micro_batch]
+            inputs = M.collate(micro, "right", pad, device)
+            logits = model(**inputs, use_cache=False).logits
+            loss = sft_loss(logits, inputs["input_ids"], response_mask(micro, logits.shape[1]).to(device), tokens)
+            loss.backward()
+            total += loss.item()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), settings.max_grad_norm)
+        optimizer.step()
+        config.log(folder, {"step": step + 1, "loss": round(total, 5), "lr": rate, "grad_norm": round(norm.item(), 4), "tokens": tokens, "seconds": round(time.time() - started, 2)})
+
+
+# ----------------------------------------------------------------------------------------------------------------- stages
+
+
+def build_base(settings: config.Settings, folder: Path) -> str:
+    """Draws the practice, trains the tokenizer on it, then the model: naming first, then the mixture, which is faster than the mixture
+    from the start."""
+    import shapes
+
+    base = settings.base
+    shapes.write_practice(folder, base.scenes, base.naming, base.rows_per_scene, random.Random(f"{settings.run.seed}/base"))
+    naming, practice = (data.read_conversations(folder / f"{file}.jsonl") for file in ("naming", "practice"))
+    texts = [response + " " + " ".join(part.get("text", "") for part in parts) for parts, response in practice]
+    model, processor = M.build_small(settings.model, M.train_tokenizer(texts, settings.model.vocab_size))
+    first = config.dataclasses.replace(base, epochs=base.naming_epochs)
+    train(model, processor, naming, first, folder, "naming", "base: naming")
+    train(model, processor, practice, base, folder, "practice", "base: practice")
+    M.save(model, processor, folder, torch.float16)
+    return f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f}M parameters, {len(naming)} pictures named, {len(practice)} exercises"
+
+
+def run(stage: str, settings: config.Settings, folder: Path) -> str:
+    out, own = folder.parent, getattr(settings, stage)
+    if stage == "base":
+        if settings.model.path and not settings.base.rebuild:
+            return f"starts from {config.checkpoint('base', settings, out)}"
+        return build_base(settings, folder)
+    start = {"cold_start": "base", "rejection_sft": "cold_start", "direct_sft": "base"}[stage]
+    source = {"cold_start": "distill/kept.jsonl", "rejection_sft": "rejection/correct.jsonl", "direct_sft": "rejection/correct.jsonl"}[stage]
+    examples = data.read_conversations(out / source)
+    if stage == "direct_sft":
+        examples = [(data.build_prompt(s, "answer"), f"<answer>{data.verdict_string(s.task, s.label)}</answer>") for s in data.read_samples(out / source)]
+    own_count = len(examples)
+    replayed = round(own.replay * own_count)
+    if replayed:
+        examples = examples + random.Random(settings.run.seed).sample(practice_examples(settings, out), replayed)
+    model, processor = M.load(config.checkpoint(start, settings, out))
+    train(model, processor, examples, own, folder, f"{settings.run.seed}/{stage}", stage)
+    M.save(model, processor, folder)
+    return f"{own_count} examples" + (f" + {replayed} of the base's exercises" if replayed else "") + f", {own.epochs:g} epochs"
+
+
+if __name__ == "__main__":
+    config.main("rejection_sft")

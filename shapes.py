@@ -1,0 +1,354 @@
+"""The small world: scenes of coloured shapes whose every score is known.
+
+A real preference set tells which candidate people liked, never *why*. Here the reasons are drawn first and the pictures after them, so
+that a model's reasoning can be graded line by line, not only its verdict. Everything below is made by code from a seed; nothing is
+downloaded.
+
+Four tasks, three dimensions each. A candidate's score on a dimension is a *fact* turned into a number by a fixed ladder:
+
+    task                  dimension               fact written in the reasoning              score
+    image generation      semantic consistency    "red circle yes, blue star no"             10, minus 3 for each "no"
+                          aesthetics              clean / light noise / heavy noise          9 / 7 / 4
+                          authenticity            none / one / two broken                    10 / 8 / 5
+    video generation      semantic consistency    items, and "moves left yes"                10, minus 3 for each "no"
+                          temporal coherence      steady / flicker / blank frame             9 / 7 / 4
+                          authenticity            none / one / two broken                    10 / 8 / 5
+    image understanding   semantic accuracy       each shape the answer names: yes or no     10, minus 3 for each "no"
+                          correctness             "says 3, is 4"                             10 / 7 / 4
+                          clarity                 fluent / one filler / two fillers          9 / 7 / 4
+    video understanding   the same, where correctness is the direction of the movement
+
+The better candidate is the one with the larger total. Noise and fillers are seen at a glance; whether every item of a caption is in the
+picture has to be checked item by item, and the total has to be added up. That is the part thinking is for.
+
+A scene is 32x32 pixels, four cells of 16x16 with at most one shape each; a clip is four frames in which one shape moves to a free
+cell. One merged vision token of the small backbone sees exactly one cell.
+"""
+
+import math
+import random
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+from data import (DIMENSIONS, STEPS, THINK, Sample, build_prompt, candidate_noun, is_generation, is_video, media_parts, sample_row,
+                  steps_text, to_text, verdict_string, write_items, write_jsonl, write_totals)
+
+COLORS = {"red": (214, 48, 44), "green": (46, 160, 67), "blue": (45, 88, 214), "yellow": (238, 200, 40), "purple": (146, 62, 190), "black": (35, 35, 40)}
+SHAPES = ("circle", "square", "triangle", "star", "cross")
+# Never drawn or named outside the held-out split. Every colour and every shape is still seen, in other company.
+HELDOUT = {("red", "star"), ("green", "cross"), ("blue", "triangle"), ("yellow", "circle"), ("purple", "square"), ("black", "star")}
+ALL = [(color, shape) for color in COLORS for shape in SHAPES]
+SEEN = [item for item in ALL if item not in HELDOUT]
+SIDE, CELL, FRAMES = 32, 16, 4
+DIRECTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
+OPPOSITE = {"left": "right", "right": "left", "up": "down", "down": "up"}
+
+LADDER = {  # facts of the dimensions that are seen at a glance, best first, with their scores
+    "aesthetics": (("clean", 9), ("light noise", 7), ("heavy noise", 4)),
+    "temporal coherence": (("steady", 9), ("flicker", 7), ("blank frame", 4)),
+    "authenticity": (("none broken", 10), ("one broken", 8), ("two broken", 5)),
+    "clarity": (("fluent", 9), ("one filler", 7), ("two fillers", 4)),
+}
+
+
+# ---------------------------------------------------------------------------------------------------------------- drawing
+
+
+def draw_shape(draw: ImageDraw.ImageDraw, item: tuple, x: float, y: float, radius: float, broken: bool) -> None:
+    """One shape centred on (x, y); a broken one is torn in two by a slanted gap."""
+    color, shape = COLORS[item[0]], item[1]
+    box = (x - radius, y - radius, x + radius, y + radius)
+    if shape == "circle":
+        draw.ellipse(box, fill=color)
+    elif shape == "square":
+        draw.rectangle((x - radius * 0.85, y - radius * 0.85, x + radius * 0.85, y + radius * 0.85), fill=color)
+    elif shape == "triangle":
+        draw.polygon([(x, y - radius), (x + radius, y + radius * 0.9), (x - radius, y + radius * 0.9)], fill=color)
+    elif shape == "star":
+        points = [(radius if k % 2 == 0 else radius * 0.42, math.pi * k / 5 - math.pi / 2) for k in range(10)]
+        draw.polygon([(x + r * math.cos(a), y + r * math.sin(a)) for r, a in points], fill=color)
+    else:
+        arm = radius * 0.36
+        draw.rectangle((x - arm, y - radius, x + arm, y + radius), fill=color)
+        draw.rectangle((x - radius, y - arm, x + radius, y + arm), fill=color)
+    if broken:
+        draw.line((x - radius, y + radius * 0.6, x + radius, y - radius * 0.6), fill=(240, 240, 236), width=3)
+
+
+def draw_scene(scene: dict) -> list:
+    """One picture, or FRAMES pictures of a clip, of `scene` (see `make_scene`). The same scene always gives the same pixels."""
+    rng = np.random.default_rng(scene["seed"])
+    jitter = rng.uniform(-1.0, 1.0, size=(len(scene["items"]), 3))
+    frames = []
+    for step in range(FRAMES if "moves" in scene else 1):
+        image = Image.new("RGB", (SIDE, SIDE), (240, 240, 236))
+        draw = ImageDraw.Draw(image)
+        for k, item in enumerate(scene["items"]):
+            column, row = scene["cells"][k] % 2, scene["cells"][k] // 2
+            if k == 0 and "moves" in scene:  # the first item is the one that moves, from its cell into the next
+                dx, dy = DIRECTIONS[scene["moves"]]
+                column, row = column + dx * step / (FRAMES - 1), row + dy * step / (FRAMES - 1)
+            x, y = (column + 0.5) * CELL + jitter[k, 0], (row + 0.5) * CELL + jitter[k, 1]
+            if not (scene["glance"] == "blank frame" and step == 2):
+                draw_shape(draw, item, x, y, 6.3 + 0.7 * jitter[k, 2], broken=k in scene["broken"])
+        pixels = np.asarray(image, dtype=np.float32)
+        if scene["glance"] == "flicker" and step % 2 == 1:
+            pixels = pixels * 0.7
+        noise = {"light noise": 14, "heavy noise": 40}.get(scene["glance"], 0)
+        pixels = pixels + rng.normal(0, noise, pixels.shape) if noise else pixels
+        frames.append(Image.fromarray(pixels.clip(0, 255).astype(np.uint8)))
+    return frames
+
+
+# ------------------------------------------------------------------------------------------------------- scenes and scores
+
+
+def make_scene(rng: random.Random, items: list, video: bool, glance: str = "clean", broken: int = 0, moves: str | None = None) -> dict:
+    """Places `items` (at most 4, at most 3 in a clip: the mover needs a free cell) and says how the picture is spoilt."""
+    scene = {"items": items, "glance": glance, "broken": rng.sample(range(len(items)), min(broken, len(items))), "seed": rng.randrange(2**31)}
+    cells = rng.sample(range(4), 4)
+    if video:
+        dx, dy = DIRECTIONS[moves]
+        start = rng.choice([cell for cell in range(4) if 0 <= cell % 2 + dx < 2 and 0 <= cell // 2 + dy < 2])
+        target = start + dx + 2 * dy
+        cells = [start] + [cell for cell in cells if cell not in (start, target)]
+        scene["moves"] = moves
+    scene["cells"] = cells[: len(items)]
+    return scene
+
+
+def change(rng: random.Random, item: tuple, items: list, taken: list) -> tuple:
+    """Another item of the same colour or of the same shape: the hard kind of wrong."""
+    near = [other for other in items if (other[0] == item[0]) != (other[1] == item[1]) and other not in taken]
+    return rng.choice(near or [other for other in items if other not in taken])
+
+
+def name(item: tuple) -> str:
+    return f"{item[0]} {item[1]}"
+
+
+def checks(wanted: list, present: list) -> list:
+    return [f"{name(item)} {'yes' if item in present else 'no'}" for item in wanted]
+
+
+def score_of(dimension: str, fact: str) -> int:
+    """The score that a fact earns on a dimension: the one place where the table at the top of this file is computed."""
+    if dimension in LADDER:
+        return dict(LADDER[dimension])[fact]
+    if fact.startswith("says "):
+        said, true = fact[len("says "):].split(", is ")
+        if said == true:
+            return 10
+        return 7 if OPPOSITE.get(said) == true or (said.isdigit() and abs(int(said) - int(true)) == 1) else 4
+    return max(1, 10 - 3 * sum(item.endswith(" no") for item in fact.split(", ")))
+
+
+def mistake(rng: random.Random, dimension: str, fact: str) -> str:
+    """Another fact of the same form: what a careless judge might have seen instead."""
+    if dimension in LADDER:
+        return rng.choice([other for other, _ in LADDER[dimension] if other != fact])
+    if fact.startswith("says "):
+        said, true = fact[len("says "):].split(", is ")
+        return f"says {said}, is {rng.choice([v for v in (DIRECTIONS if true in DIRECTIONS else map(str, range(1, 5))) if v != true])}"
+    items = fact.split(", ")
+    k = rng.randrange(len(items))
+    items[k] = items[k][:-3] + "no" if items[k].endswith("yes") else items[k][:-2] + "yes"
+    return ", ".join(items)
+
+
+def join(rng: random.Random, names: list) -> str:
+    """A natural list; how items are joined and whether they carry an article varies."""
+    article = rng.choice(["a ", "a ", "one ", ""])
+    names = [article + n for n in names]
+    if len(names) == 1:
+        return names[0]
+    return ", ".join(names[:-1]) + rng.choice([" and ", ", ", " with ", " next to "]) + names[-1]
+
+
+def choose_items(rng: random.Random, count: int, pool: list) -> list:
+    items = rng.sample(pool, count)
+    if pool is ALL and not any(item in HELDOUT for item in items):  # a held-out sample always turns on a held-out item
+        items[rng.randrange(count)] = rng.choice(sorted(HELDOUT))
+    return items
+
+
+def make_sample(rng: random.Random, task: str, pool: list = SEEN, allow_tie: bool = False) -> tuple:
+    """(Sample without media paths, the scenes to draw). Draws candidates until their totals differ, or until they tie where
+    `allow_tie` asks for it, so that a label always follows from the scores."""
+    while True:
+        sample, scenes = (make_generation if is_generation(task) else make_understanding)(rng, task, pool)
+        totals = [sum(scores[k] for scores in sample.scores.values()) for k in (0, 1)]
+        if (totals[0] == totals[1]) == allow_tie:
+            sample.label = 0 if allow_tie else 1 if totals[0] > totals[1] else 2
+            return sample, scenes
+
+
+def make_generation(rng: random.Random, task: str, pool: list) -> tuple:
+    video = is_video(task)
+    wanted = choose_items(rng, rng.choice([2, 3] if video else [2, 3, 3, 4]), pool)
+    moves = rng.choice(list(DIRECTIONS)) if video else None
+    if video:
+        first = rng.choice([f"{name(wanted[0])} moving {moves}", f"{name(wanted[0])} that moves {moves}", f"{name(wanted[0])} going {moves}"])
+        listed = join(rng, [first] + [name(item) for item in wanted[1:]])
+        caption = rng.choice(["{}", "a clip of {}", "a video with {}", "show {}"]).format(listed)
+    else:
+        listed = join(rng, [name(item) for item in wanted])
+        caption = rng.choice(["{}", "a picture of {}", "an image with {}", "draw {}", "{} on a plain background"]).format(listed)
+    glance_name = DIMENSIONS[task][1]
+    reasons, scores, scenes = {d: [] for d in DIMENSIONS[task]}, {d: [] for d in DIMENSIONS[task]}, []
+    for _ in (0, 1):
+        shown = list(wanted)
+        for k in range(len(shown)):
+            if rng.random() < 0.3:
+                shown[k] = change(rng, shown[k], pool, wanted + shown)
+        if not video and len(shown) < 4 and rng.random() < 0.3:
+            shown.append(change(rng, rng.choice(wanted), pool, wanted + shown))
+        moved = rng.choice([d for d in DIRECTIONS if d != moves]) if video and rng.random() < 0.3 else moves
+        glance, broken = rng.randrange(3), rng.choice([0, 0, 1, 2])
+        facts = checks(wanted, shown) + ([f"moves {moves} {'yes' if moved == moves else 'no'}"] if video else [])
+        glance_fact, broken_fact = LADDER[glance_name][glance][0], LADDER["authenticity"][broken][0]
+        for dimension, fact in zip(DIMENSIONS[task], (", ".join(facts), glance_fact, broken_fact)):
+            reasons[dimension].append(fact)
+            scores[dimension].append(score_of(dimension, fact))
+        scenes.append(make_scene(rng, shown, video, glance_fact, broken, moved))
+    return Sample(id="", task=task, prompt=caption, scores=scores, reasons=reasons), scenes
+
+
+def make_understanding(rng: random.Random, task: str, pool: list) -> tuple:
+    video = is_video(task)
+    present = choose_items(rng, rng.choice([2, 3] if video else [2, 3, 4]), pool)
+    moves = rng.choice(list(DIRECTIONS)) if video else None
+    question = rng.choice(["What happens in the video?", "Describe the clip.", "What do you see and how does it move?"] if video else
+                          ["What is in the image?", "Describe the picture.", "Which shapes are there and how many?"])
+    reasons, scores, answers = {d: [] for d in DIMENSIONS[task]}, {d: [] for d in DIMENSIONS[task]}, []
+    for _ in (0, 1):
+        named = rng.sample(present, rng.randint(1 if len(present) == 2 else 2, len(present)))
+        for k in range(len(named)):
+            if rng.random() < 0.35:
+                named[k] = change(rng, named[k], pool, present + named)
+        facts = checks(named, present)
+        if video:
+            said = moves if rng.random() < 0.5 else rng.choice([d for d in DIRECTIONS if d != moves])
+            right = f"says {said}, is {moves}"
+            tail = rng.choice([f"it moves {said}", f"one moves {said}", f"movement goes {said}"])
+        else:
+            said = len(present) if rng.random() < 0.5 else rng.choice([n for n in (1, 2, 3, 4, 5) if n != len(present)])
+            right = f"says {said}, is {len(present)}"
+            tail = rng.choice([f"{said} shapes in all", f"that makes {said}", f"{said} in total"])
+        fillers = rng.randrange(3)
+        words = (rng.choice(["I see ", "There is ", ""]) + join(rng, [name(item) for item in named]) + ", " + tail + ".").split(" ")
+        for position in sorted(rng.sample(range(1, len(words)), fillers), reverse=True):
+            words.insert(position, rng.choice(["um", "uh", "er"]))
+        answers.append(" ".join(words))
+        for dimension, fact in zip(DIMENSIONS[task], (", ".join(facts), right, LADDER["clarity"][fillers][0])):
+            reasons[dimension].append(fact)
+            scores[dimension].append(score_of(dimension, fact))
+    scene = make_scene(rng, present, video, "clean" if not video else "steady", 0, moves)
+    return Sample(id="", task=task, prompt=question, answers=answers, scores=scores, reasons=reasons), [scene]
+
+
+# ------------------------------------------------------------------------------------------------------------------- files
+
+
+def write_split(folder, split: str, plan: list, pool: list, rng: random.Random) -> list:
+    """Draws and saves one split: `plan` is [(task, tie)]; media go to folder/media, rows to folder/SPLIT.jsonl. The better candidate
+    stands first in exactly half of each task's pairs (give or take one). Returns [(sample, its scenes)]."""
+    (folder / "media").mkdir(parents=True, exist_ok=True)
+    made, first = [], dict.fromkeys(DIMENSIONS, True)
+    for number, (task, tie) in enumerate(plan):
+        sample, scenes = make_sample(rng, task, pool, tie)
+        if not tie:
+            if (sample.label == 1) != first[task]:
+                sample, scenes = sample.swapped(), scenes[::-1] if is_generation(task) else scenes
+            first[task] = not first[task]
+        sample.id = f"{split}-{number:05d}"
+        for k, scene in enumerate(scenes):
+            files = [f"media/{sample.id}-{k}{f'-{t}' if 'moves' in scene else ''}.png" for t in range(FRAMES if "moves" in scene else 1)]
+            for file, image in zip(files, draw_scene(scene)):
+                image.save(folder / file)
+            sample.media.append(files if "moves" in scene else files[0])
+        made.append((sample, scenes))
+    write_jsonl(folder / f"{split}.jsonl", (sample_row(sample) for sample, _ in made))
+    return made
+
+
+# --------------------------------------------------------------------------------------------------------------- practice
+# What the base model learns before it ever sees a chain of thought: naming, checking, rating one candidate, adding up, comparing, and
+# the bare verdict, on all four tasks. Each exercise is a contiguous piece of check, score, total, decide; none is the whole on any
+# pair. Dimensions come in any order and number, so that reading them from the prompt is the only way to be right.
+
+PRACTICE = {"name": 2, "check": 3, "rate": 5, "compare": 6, "total": 2, "decide": 1, "total_decide": 2, "tagged": 2, "direct": 4}
+
+
+def practice(rng: random.Random, kind: str, sample: Sample, scenes: list) -> tuple:
+    """(content parts, response) of one exercise of `kind` (a key of PRACTICE) on `sample`."""
+    task, noun = sample.task, candidate_noun(sample.task)
+    medium = "video" if is_video(task) else "image"
+    k = rng.randrange(len(sample.media))  # the picture looked at
+    scene, show = scenes[k], {"type": medium, medium: sample.media[k]}
+    text = lambda words: {"type": "text", "text": words}
+    order = sorted(range(len(scene["items"])), key=lambda i: scene["cells"][i])
+    named = ", ".join(name(scene["items"][i]) + (f" moves {scene['moves']}" if i == 0 and "moves" in scene else "") for i in order)
+    dimensions = rng.sample(DIMENSIONS[task], rng.choice([1, 2, 2, 3]))
+    chosen = lambda values, side=None: {d: values[d] if side is None else [values[d][side]] for d in dimensions}
+    if kind == "name":
+        return [show, text(rng.choice(["Name the shapes.", "What is shown?"]))], named
+    if kind == "check":
+        k = rng.randrange(2)
+        facts = sample.reasons[DIMENSIONS[task][0]][k].split(", ")
+        show = {"type": medium, medium: sample.media[k % len(sample.media)]}
+        return [show, text("Check: " + ", ".join(fact.rsplit(" ", 1)[0] for fact in facts) + ".")], ", ".join(facts)
+    if kind == "rate":
+        k = rng.randrange(2)
+        show = {"type": medium, medium: sample.media[k % len(sample.media)]}
+        about = f"\nCaption: {sample.prompt}\n" if is_generation(task) else f"\nQuestion: {sample.prompt}\nAnswer: {sample.answers[k]}\n"
+        asked = text(f"{about}Rate {noun} on {', '.join(dimensions)}. Steps: check, score.")
+        return ([text(f"{noun}: ")] if is_generation(task) else []) + [show, asked], write_items(noun, chosen(sample.reasons, k), chosen(sample.scores, k))
+    if kind == "compare":
+        steps = STEPS[: rng.choice([2, 3] if len(dimensions) > 1 else [2])]
+        response = write_items(noun, chosen(sample.reasons), chosen(sample.scores))
+        if "total" in steps:
+            response += "\n" + write_totals(noun, chosen(sample.scores))
+        return media_parts(sample) + [text(steps_text(task, dimensions, steps))], response
+    if kind in ("total", "decide", "total_decide"):
+        scores = {str(d): [rng.randint(1, 10), rng.randint(1, 10)] for d in range(rng.choice([2, 3, 3, 3]))}
+        sums = [sum(pair[side] for pair in scores.values()) for side in (0, 1)]
+        if sums[0] == sums[1]:
+            scores["0"][0] += 1 if scores["0"][0] < 10 else -1
+            sums[0] = sum(pair[0] for pair in scores.values())
+        verdict = f"<answer>{verdict_string(task, 1 if sums[0] > sums[1] else 2)}</answer>"
+        given = " ".join(f"{noun} {side + 1}: {', '.join(f'({pair[side]}/10)' for pair in scores.values())}." for side in (0, 1))
+        if kind == "decide":
+            return [text(f"{write_totals(noun, scores)}\nSteps: decide.")], verdict
+        if kind == "total":
+            return [text(f"{given}\nSteps: total.")], write_totals(noun, scores)
+        return [text(f"{given}\nSteps: total, decide.")], f"{write_totals(noun, scores)}\n{verdict}"
+    if kind == "tagged":  # the tags, on questions that are no preference
+        if rng.random() < 0.5:
+            return [show, text("How many shapes are shown? Steps: check, decide.")], f"{THINK}{named}</think>\n<answer>{len(order)}</answer>"
+        fact = rng.choice(sample.reasons[DIMENSIONS[task][0]][k].split(", "))
+        asked, answer = fact.rsplit(" ", 1)
+        return [show, text(f"Is this shown: {asked}? Steps: check, decide.")], f"{THINK}{fact}</think>\n<answer>{answer}</answer>"
+    allow_tie = is_generation(task) and rng.random() < 0.3
+    return build_prompt(sample, "answer", allow_tie=allow_tie), f"<answer>{verdict_string(task, sample.label)}</answer>"
+
+
+def write_practice(folder, pairs: int, naming: int, rows_per_pair: int, rng: random.Random) -> None:
+    """Practice of the base: folder/naming.jsonl (one picture, what it shows) and folder/practice.jsonl (a mixture of all exercises),
+    in the official SFT schema. One pair in ten is a tie, which only the direct mode of generation can say."""
+    tasks = list(DIMENSIONS)
+    plan = [(tasks[k % 4], is_generation(tasks[k % 4]) and k % 40 < 4) for k in range(pairs)]
+    made = write_split(folder, "pairs", plan, SEEN, rng)
+    rows = []
+    for sample, scenes in made:
+        kinds = rng.choices(list(PRACTICE), list(PRACTICE.values()), k=rows_per_pair)
+        if sample.label == 0:  # only the direct mode can say so, and only when asked
+            parts = build_prompt(sample, "answer", allow_tie=True)
+            rows.append(("direct", parts, f"<answer>{verdict_string(sample.task, 0)}</answer>"))
+            kinds = [kind for kind in kinds if kind != "direct"]
+        rows += [(kind, *practice(rng, kind, sample, scenes)) for kind in kinds]
+    singles = [("name", *practice(rng, "name", *rng.choice(made))) for _ in range(naming)]
+    for file, written in (("naming", singles), ("practice", rows)):
+        write_jsonl(folder / f"{file}.jsonl", ({"kind": kind, "conversations": [{"from": "human", "value": text}, {"from": "gpt", "value": response}], "images": files}
+                                               for kind, (text, files), response in ((kind, to_text(parts), response) for kind, parts, response in written)))
