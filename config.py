@@ -232,7 +232,7 @@ def plan(targets: list) -> list:
 def do_stage(stage: str, settings: Settings, out: Path, command: str) -> None:
     """Runs one stage into an empty folder; done.json, written last, makes it count."""
     script, inputs, sections = STAGES[stage]
-    print(f"\n== {stage}: python {script}.py --stage {stage} {command}", flush=True)
+    print(f"\n== {stage}: python {script}.py {command} --stage {stage}", flush=True)
     started = time.time()
     folder = out / stage
     if folder.exists() and stage != "evaluate":  # evaluate keeps its judgements and knows which of them are still valid
@@ -331,10 +331,17 @@ def log(folder: Path, row: dict, file: str = "metrics.jsonl") -> None:
         stream.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 
-def progress(iterable, label: str, total: int | None = None):
-    """A tqdm bar on a terminal; in a log file a line every twenty seconds, since a bar's carriage returns are unreadable there."""
-    from tqdm import tqdm
-
+def progress(items, label: str):
+    """Yields from the sequence `items`: a tqdm bar on a terminal; in a log file, where a bar's carriage returns are unreadable, a line
+    every twenty seconds."""
     if sys.stderr.isatty():
-        return tqdm(iterable, desc=f"   {label}", total=total, leave=False, mininterval=0.5)
-    return tqdm(iterable, desc=f"   {label}", total=total, leave=False, mininterval=20, ascii=True, bar_format="{desc}: {n_fmt}/{total_fmt} [{elapsed}<{remaining}]\n")
+        from tqdm import tqdm
+
+        yield from tqdm(items, desc=f"   {label}", leave=False, mininterval=0.5)
+        return
+    started = shown = time.time()
+    for done, item in enumerate(items):
+        if time.time() - shown > 20:
+            shown = time.time()
+            print(f"   {label}: {done} of {len(items)}, {shown - started:.0f} s so far, about {(shown - started) / done * (len(items) - done):.0f} s to go", flush=True)
+        yield item

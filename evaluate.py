@@ -44,9 +44,10 @@ def summarise(rows: list) -> dict:
     share = lambda values: round(float(np.mean(list(values))), 4)
     flip = {1: 2, 2: 1}
     made = {"accuracy": share(by_pair), "low": round(low, 4), "high": round(high, 4), "pairs": len(pairs), "unreadable": share(row["answer"] is None for row in rows),
-            "first_chosen": share(row["answer"] == 1 for row in rows),
-            "orders_agree": share(both[0][1]["answer"] is not None and flip.get(both[0][1]["answer"], both[0][1]["answer"]) == both[1][1]["answer"]
-                                  for both in pairs.values() if len(both) == 2)}
+            "first_chosen": share(row["answer"] == 1 for row in rows)}
+    if any(row["swapped"] for row in rows):
+        answers = [[row["answer"] for _, row in both] for both in pairs.values()]
+        made["orders_agree"] = share(one is not None and flip.get(one, one) == other for one, other in answers)
     if rows[0]["mode"] == "think":
         made |= {name: share(row[name] for row in rows) for name in ("format_ok", "sums_ok", "consistent", "scores_right", "facts_right")}
         made["right_verdict_wrong_reasoning"] = share(ok and row["scores_right"] < 1 for row, ok in zip(rows, right))

@@ -16,11 +16,14 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+import transformers
 from PIL import Image
 from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer
 from transformers.cache_utils import Cache, DynamicLayer
 
 import config
+
+transformers.utils.logging.disable_progress_bar()  # loading the small model takes less time than drawing the bar
 
 IM_START, IM_END, PAD = "<|im_start|>", "<|im_end|>", "<|endoftext|>"
 VISION = ("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
@@ -171,10 +174,8 @@ def encode(processor: Processor, model, parts: list, prefix: str = "", response:
     tokenizer, vision = processor.tokenizer, model.config.vision_config
     texts = iter([part["text"] for part in parts if part["type"] == "text"])
     media = iter([encode_media(processor, part) for part in parts if part["type"] != "text"])
-    shown = [{"type": "text", "text": SENTINEL} if part["type"] == "text" else {"type": part["type"]} for part in parts]
-    template = rendered_template(tokenizer, tuple(part["type"] for part in shown))
     ids, types, grids, patches = [], [], {1: [], 2: []}, {1: [], 2: []}
-    for piece in template:
+    for piece in rendered_template(tokenizer, tuple(part["type"] for part in parts)):
         if piece == SENTINEL:
             tokens = tokenize(tokenizer, next(texts), plain=True)
             ids += tokens

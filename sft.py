@@ -15,6 +15,7 @@ micro-batch size never changes the result.
     python sft.py --config small --stage cold_start
 """
 
+import json
 import math
 import random
 import time
@@ -94,7 +95,25 @@ def train(model, processor, examples: list, settings: config.SFT, folder: Path, 
         config.log(folder, {"step": step + 1, "loss": round(total, 5), "lr": rate, "grad_norm": round(norm.item(), 4), "tokens": tokens, "seconds": round(time.time() - started, 2)})
 
 
+@torch.no_grad()
+def mean_loss(model, processor, examples: list) -> float:
+    """The loss of `examples` under the model, per response token."""
+    total = tokens = 0
+    for k in range(0, len(examples), 32):
+        encoded = [encode_example(processor, model, example) for example in examples[k : k + 32]]
+        inputs = M.collate(encoded, "right", processor.tokenizer.pad_token_id, M.device_of(model))
+        logits = model(**inputs, use_cache=False).logits
+        total += sft_loss(logits, inputs["input_ids"], response_mask(encoded, logits.shape[1]).to(logits.device), 1).item()
+        tokens += sum(len(e["ids"]) - e["prompt_length"] for e in encoded)
+    return total / tokens
+
+
 # ----------------------------------------------------------------------------------------------------------------- stages
+
+
+def all_text(example: tuple) -> str:
+    parts, response = example
+    return " ".join([part["text"] for part in parts if part["type"] == "text"] + [response])
 
 
 def build_base(settings: config.Settings, folder: Path) -> str:
@@ -105,13 +124,24 @@ def build_base(settings: config.Settings, folder: Path) -> str:
     base = settings.base
     shapes.write_practice(folder, base.scenes, base.naming, base.rows_per_scene, random.Random(f"{settings.run.seed}/base"))
     naming, practice = (data.read_conversations(folder / f"{file}.jsonl") for file in ("naming", "practice"))
-    texts = [response + " " + " ".join(part.get("text", "") for part in parts) for parts, response in practice]
-    model, processor = M.build_small(settings.model, M.train_tokenizer(texts, settings.model.vocab_size))
+    tokenizer = M.train_tokenizer([all_text(example) for example in practice], settings.model.vocab_size)
+    model, processor = M.build_small(settings.model, tokenizer)
     first = config.dataclasses.replace(base, epochs=base.naming_epochs)
     train(model, processor, naming, first, folder, "naming", "base: naming")
     train(model, processor, practice, base, folder, "practice", "base: practice")
     M.save(model, processor, folder, torch.float16)
-    return f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f}M parameters, {len(naming)} pictures named, {len(practice)} exercises"
+    parameters = sum(p.numel() for p in model.parameters())
+    figures = {"parameters": parameters, "practice_loss": mean_loss(M.load(str(folder))[0], processor, practice[:256])}
+    config.write_text(folder / "figures.json", json.dumps(figures))
+    return f"{parameters / 1e6:.2f}M parameters, {len(naming)} pictures named, {len(practice)} exercises"
+
+
+def practice_examples(settings: config.Settings, folder: Path, count: int) -> list:
+    """`count` of the base's exercises, drawn afresh: a shipped base does not bring its practice along."""
+    import shapes
+
+    shapes.write_practice(folder / "replay", -(-count // 4), 0, 4, random.Random(f"{settings.run.seed}/{folder.name}/replay"))
+    return data.read_conversations(folder / "replay" / "practice.jsonl")[:count]
 
 
 def run(stage: str, settings: config.Settings, folder: Path) -> str:
@@ -128,7 +158,7 @@ def run(stage: str, settings: config.Settings, folder: Path) -> str:
     own_count = len(examples)
     replayed = round(own.replay * own_count)
     if replayed:
-        examples = examples + random.Random(settings.run.seed).sample(practice_examples(settings, out), replayed)
+        examples = examples + practice_examples(settings, folder, replayed)
     model, processor = M.load(config.checkpoint(start, settings, out))
     train(model, processor, examples, own, folder, f"{settings.run.seed}/{stage}", stage)
     M.save(model, processor, folder)

@@ -1,0 +1,169 @@
+"""Every script end to end through its command line, on configs/smoke.toml, with real files and real processes."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import config
+import data
+import model as M
+import sft
+
+
+def script(*arguments) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, *map(str, arguments)], cwd=ROOT, capture_output=True, text=True, timeout=300)
+
+
+@pytest.fixture(scope="session")
+def chain(tmp_path_factory):
+    """One run of the whole chain: (its folder, what it printed)."""
+    out = tmp_path_factory.mktemp("runs") / "smoke"
+    done = script("grpo.py", "--config", "smoke", "--out", out)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return out, done.stdout
+
+
+def test_the_chain_makes_every_stage_and_ends_with_table_and_report(chain):
+    out, printed = chain
+    for stage in ("data", "base", "distill", "cold_start", "rejection", "rejection_sft", "grpo", "grpo_direct", "evaluate"):
+        assert f"== {stage}: python " in printed
+        done = json.loads((out / stage / "done.json").read_text())
+        assert done["settings"]["run"]["seed"] == 0 and done["made"]
+    for name, _, _ in __import__("evaluate").ROWS:
+        assert name in printed.split("accuracy % on the test split")[1]
+    assert (out / "evaluate" / "report.html").stat().st_size > 10_000
+    rows = json.loads((out / "evaluate" / "results.json").read_text())["rows"]
+    assert [row["splits"]["test"]["all"]["pairs"] for row in rows] == [16] * 6
+    assert all(0 <= row["splits"]["test"][task]["accuracy"] <= 1 for row in rows for task in data.TASKS)
+
+
+def test_a_second_run_reuses_everything(chain):
+    out, _ = chain
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("*.safetensors")}
+    done = script("grpo.py", "--config", "smoke", "--out", out)
+    assert done.returncode == 0 and "\n== " not in done.stdout and "accuracy % on the test split" in done.stdout
+    assert before == {path: path.stat().st_mtime_ns for path in out.rglob("*.safetensors")}
+
+
+def test_changing_grpo_alone_reuses_all_before_it(chain, tmp_path):
+    out, _ = chain
+    import shutil
+
+    copy = tmp_path / "copy"
+    shutil.copytree(out, copy)
+    done = script("grpo.py", "--config", "smoke", "--out", copy, "--grpo.beta", "0", "--grpo.updates_per_rollout", "2")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert [line.split(":")[0] for line in done.stdout.splitlines() if line.startswith("== ")] == ["== grpo", "== evaluate"]
+    metrics = data.read_jsonl(copy / "grpo" / "metrics.jsonl")
+    assert len(metrics) == 2 and all(row["kl"] == 0 for row in metrics)
+
+
+def test_filters_sort_by_label_and_lose_nothing(chain):
+    out, _ = chain
+    pool = {s.id: s for s in data.read_samples(out / "data" / "pool.jsonl")}
+    correct, wrong = data.read_jsonl(out / "rejection" / "correct.jsonl"), data.read_jsonl(out / "rejection" / "wrong.jsonl")
+    assert sorted([row["id"] for row in correct + wrong]) == sorted(pool)
+    for row in correct:
+        verdict = data.parse_verdict(row["conversations"][1]["value"], row["task"])
+        assert verdict.format_ok and verdict.answer == pool[row["id"]].label
+    for row in wrong:
+        verdict = data.parse_verdict(row["judged"], row["task"])
+        assert not verdict.format_ok or verdict.answer != pool[row["id"]].label
+    kept, dropped = data.read_jsonl(out / "distill" / "kept.jsonl"), data.read_jsonl(out / "distill" / "dropped.jsonl")
+    assert len(kept) + len(dropped) == 24 and all(row["dropped"] for row in dropped)
+    assert {row["task"] for row in kept + dropped} == {"image_generation"}
+    for path in ("distill/kept.jsonl", "rejection/correct.jsonl", "rejection/wrong.jsonl"):
+        for sample in data.read_samples(out / path):
+            assert all(Path(file).is_file() for item in sample.media for file in data.flat(item))
+
+
+def test_grpo_logs_its_health_and_its_samples(chain):
+    out, _ = chain
+    for row in data.read_jsonl(out / "grpo" / "metrics.jsonl"):
+        for name in ("reward", "reward_format", "reward_accuracy", "zero_variance_share", "kl", "entropy", "clip_share", "length", "truncated_share", "grad_norm",
+                     "seconds_rollout", "seconds_reference", "seconds_update"):
+            assert isinstance(row[name], (int, float)), name
+    for row in data.read_jsonl(out / "grpo" / "samples.jsonl"):
+        assert len(row["completions"]) == len(row["rewards"]) == len(row["advantages"]) == 4
+
+
+@pytest.mark.parametrize("stage", ["cold_start", "rejection_sft", "grpo"])
+def test_a_checkpoint_is_an_ordinary_folder_with_the_vision_tower_untouched(chain, stage):
+    from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration
+
+    out, _ = chain
+    plain = Qwen2_5_VLForConditionalGeneration.from_pretrained(out / stage, dtype=torch.float32).eval()
+    model, processor = M.load(str(out / stage))
+    sample = data.read_samples(out / "data" / "test.jsonl")[0]
+    encoded = M.encode(processor, model, data.build_prompt(sample, "think"), data.THINK)
+    inputs = M.collate([encoded], "left", 0, "cpu")
+    by_itself = dict(inputs)
+    by_itself.pop("position_ids")  # transformers works the positions out itself
+    with torch.no_grad():
+        assert torch.allclose(plain(**by_itself).logits, model(**inputs).logits, atol=1e-5)
+    assert AutoTokenizer.from_pretrained(out / stage).decode(encoded["ids"]) == processor.tokenizer.decode(encoded["ids"])
+    start, end = load_file(ROOT / "configs" / "small-base" / "model.safetensors"), load_file(out / stage / "model.safetensors")
+    changed = {name for name in start if not torch.equal(start[name].float(), end[name].float())}
+    assert changed and not any("visual" in name for name in changed)
+
+
+def test_the_direct_control_and_a_rebuilt_base_run(chain, tmp_path):
+    out, _ = chain
+    done = script("sft.py", "--config", "smoke", "--out", out, "--stage", "direct_sft")
+    assert done.returncode == 0 and (out / "direct_sft" / "model.safetensors").is_file(), done.stderr[-3000:]
+    done = script("sft.py", "--config", "smoke", "--out", tmp_path / "rebuilt", "--stage", "base", "--base.rebuild", "true")
+    assert done.returncode == 0, done.stderr[-3000:]
+    losses = [row["loss"] for row in data.read_jsonl(tmp_path / "rebuilt" / "base" / "metrics.jsonl")]
+    assert losses[-1] < losses[0]
+
+
+@pytest.mark.parametrize("arguments, says", [
+    (["grpo.py"], "--config small"),
+    (["grpo.py", "--config", "smal"], "small"),
+    (["grpo.py", "--config", "smoke", "--grpo.stesp", "3"], "grpo.steps"),
+    (["grpo.py", "--config", "smoke", "--grpo.steps", "many"], "grpo.steps takes a number (int)"),
+    (["grpo.py", "--config", "smoke", "--base.rebuild", "maybe"], "true or false"),
+    (["grpo.py", "--config", "smoke", "--grpo.steps"], "needs a value"),
+    (["grpo.py", "--config", "smoke", "--stage", "sft"], "grpo, grpo_direct"),
+    (["grpo.py", "smoke"], "unexpected argument"),
+    (["sft.py", "--config", "smoke", "--fast", "1"], "unknown option"),
+])
+def test_mistakes_on_the_command_line_get_one_line_and_exit_code_2(arguments, says):
+    done = script(*arguments)
+    assert done.returncode == 2 and says in done.stderr and len(done.stderr.strip().splitlines()) == 1 and "Traceback" not in done.stderr
+
+
+def test_help_lists_every_setting_with_its_meaning_and_default():
+    printed = script("grpo.py", "--help").stdout
+    for section in config.dataclasses.fields(config.Settings):
+        for field in config.dataclasses.fields(section.default_factory()):
+            assert f"--{section.name}.{field.name} = {getattr(section.default_factory(), field.name)!r}: {field.metadata['help']}" in printed
+
+
+def test_the_shipped_base_is_what_its_command_makes(tmp_path):
+    """The recipe takes half an hour, so: the practice it draws gives the shipped tokenizer, letter for letter, and the shipped weights
+    have on the first of that practice the loss that was written down when they were made."""
+    import random
+
+    import shapes
+
+    settings = config.load_settings("small", [])
+    folder = ROOT / "configs" / "small-base"
+    shapes.write_practice(tmp_path, settings.base.scenes, settings.base.naming, settings.base.rows_per_scene, random.Random(f"{settings.run.seed}/base"))
+    practice = data.read_conversations(tmp_path / "practice.jsonl")
+    tokenizer = M.train_tokenizer([sft.all_text(example) for example in practice], settings.model.vocab_size)
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    assert (tmp_path / "tokenizer" / "tokenizer.json").read_text() == (folder / "tokenizer.json").read_text()
+    model, processor = M.load(str(folder))
+    figures = json.loads((folder / "figures.json").read_text())
+    assert sft.mean_loss(model, processor, practice[:256]) == pytest.approx(figures["practice_loss"], abs=1e-3)
+    assert sum(p.numel() for p in model.parameters()) == figures["parameters"]
+    assert (folder / "model.safetensors").stat().st_size <= 4_000_000
