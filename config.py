@@ -12,6 +12,7 @@ import difflib
 import hashlib
 import importlib
 import json
+import os
 import shutil
 import sys
 import time
@@ -19,6 +20,8 @@ import tomllib
 from dataclasses import dataclass, field
 from pathlib import Path
 
+# Two torch threads beside another busy process would spin-wait for each other, ten times slower; asleep they cost a few per cent.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 ROOT = Path(__file__).resolve().parent
 
 
@@ -66,7 +69,7 @@ class SFT:
     warmup: float = setting(0.03, "share of the steps in which the learning rate rises; a cosine brings it down to zero after that")
     epochs: float = setting(3.0, "passes over the data")
     batch_size: int = setting(128, "examples per optimiser step")
-    micro_batch: int = setting(16, "examples per forward pass; changes memory and speed, never the result")
+    micro_tokens: int = setting(16384, "tokens per forward pass, padding included; changes memory and speed, never the result")
     weight_decay: float = setting(0.0, "decoupled weight decay of AdamW")
     max_grad_norm: float = setting(1.0, "gradients are scaled down to this norm")
     replay: float = setting(0.0, "practice examples of the base mixed in, per example of the stage's own; keeps direct answering alive")
@@ -77,9 +80,9 @@ class SFT:
 class Base(SFT):
     rebuild: bool = setting(False, "train the base anew in runs/NAME/base instead of starting from model.path")
     scenes: int = setting(8000, "pairs drawn for practice")
-    rows_per_scene: int = setting(5, "exercises written on each of them")
-    naming: int = setting(4000, "single pictures named first, before the mixture")
-    naming_epochs: float = setting(3.0, "passes over the naming examples")
+    rows_per_scene: int = setting(6, "exercises written on each of them")
+    naming: int = setting(6000, "single pictures named first, before the mixture")
+    naming_epochs: float = setting(2.0, "passes over the naming examples")
     freeze_vision: bool = setting(False, "the base is where seeing is learnt")
 
 
@@ -205,8 +208,12 @@ STAGES = {  # name: (script, stages whose output it reads, sections that shape i
     "direct_sft": ("sft", ["base", "rejection"], ["direct_sft"]),
     "grpo": ("grpo", ["rejection_sft", "rejection"], ["grpo"]),
     "grpo_direct": ("grpo", ["base", "data"], ["grpo_direct"]),
-    "evaluate": ("evaluate", ["data", "base", "grpo_direct", "cold_start", "rejection_sft", "grpo"], ["evaluate"]),
+    "evaluate": ("evaluate", ["data", "base", "direct_sft", "grpo_direct", "cold_start", "rejection_sft", "grpo"], ["evaluate"]),
 }
+ROWS = [  # of the stage table, the paper's and one control: (name, checkpoint, mode)
+    ("base, direct answer", "base", "answer"), ("+ SFT on bare verdicts", "direct_sft", "answer"), ("+ GRPO without CoT", "grpo_direct", "answer"),
+    ("+ cold start", "cold_start", "think"), ("+ rejection sampling", "rejection_sft", "think"), ("+ GRPO (full)", "grpo", "think"),
+    ("full, answered without CoT", "grpo", "answer")]
 
 
 def fingerprint(stage: str, settings: Settings) -> str:

@@ -300,9 +300,9 @@ def read_jsonl(path) -> list:
     if text.lstrip().startswith("["):
         return json.loads(text)
     rows = []
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(text.split("\n"), 1):  # not splitlines, which also cuts at U+2028 inside a string
         try:
-            rows.append(json.loads(line))
+            rows += [json.loads(line)] if line.strip() else []
         except json.JSONDecodeError as error:
             raise config.UserError(f"{path}, line {number}: not JSON ({error.msg})")
     return rows

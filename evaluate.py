@@ -1,7 +1,8 @@
 """Evaluation: what each stage can do, with intervals, and whether its reasoning is right.
 
-Every pair is judged greedily in both presentation orders (media, answers and label swap together). The verdict is read from inside
-<answer> only; an unreadable output is wrong, never a tie. Accuracy is the mean over both orders; its 95% interval resamples pairs.
+Every pair of the test split is judged greedily in both presentation orders (media, answers and label swap together), the other splits in
+one. The verdict is read from inside <answer> only; an unreadable output is wrong, never a tie. Accuracy is the mean over both orders;
+its 95% interval resamples pairs.
 
 Beside accuracy, for the thinking rows: is the format kept, do the sums add up, does the verdict follow from them, are the scores and the
 facts behind them right, do both orders agree. On the split with ties: diff = accuracy over the pairs that are no tie, tau = plain
@@ -19,9 +20,6 @@ import config
 import data
 import model as M
 
-# The rows of the paper's ablation table: (name, checkpoint, mode).
-ROWS = [("base, direct answer", "base", "answer"), ("+ GRPO without CoT", "grpo_direct", "answer"), ("+ cold start", "cold_start", "think"),
-        ("+ rejection sampling", "rejection_sft", "think"), ("+ GRPO (full)", "grpo", "think"), ("full, answered without CoT", "grpo", "answer")]
 SPLITS = ("test", "heldout", "ties")
 
 # ---------------------------------------------------------------------------------------------------------------- metrics
@@ -34,7 +32,7 @@ def interval(values: np.ndarray, seed: int = 0, draws: int = 1000) -> tuple:
 
 
 def summarise(rows: list) -> dict:
-    """Metrics of the judgements of one task (or of all) on one split; `rows` holds both orders of each pair."""
+    """Metrics of the judgements of one task (or of all) on one split; where both orders of a pair were judged they count as one pair."""
     right = [row["answer"] == row["label"] for row in rows]
     pairs = {}
     for row, ok in zip(rows, right):
@@ -49,9 +47,11 @@ def summarise(rows: list) -> dict:
         answers = [[row["answer"] for _, row in both] for both in pairs.values()]
         made["orders_agree"] = share(one is not None and flip.get(one, one) == other for one, other in answers)
     if rows[0]["mode"] == "think":
-        made |= {name: share(row[name] for row in rows) for name in ("format_ok", "sums_ok", "consistent", "scores_right", "facts_right")}
-        made["right_verdict_wrong_reasoning"] = share(ok and row["scores_right"] < 1 for row, ok in zip(rows, right))
-        made["wrong_verdict_right_reasoning"] = share(not ok and row["scores_right"] == 1 for row, ok in zip(rows, right))
+        made |= {name: share(row[name] for row in rows) for name in ("format_ok", "sums_ok", "consistent")}
+        if all(row["scores_right"] is not None for row in rows):  # the truth is known in the small world only
+            made |= {name: share(row[name] for row in rows) for name in ("scores_right", "facts_right")}
+            made["right_verdict_wrong_reasoning"] = share(ok and row["scores_right"] < 1 for row, ok in zip(rows, right))
+            made["wrong_verdict_right_reasoning"] = share(not ok and row["scores_right"] == 1 for row, ok in zip(rows, right))
     return made
 
 
@@ -152,7 +152,7 @@ def table(results: list) -> str:
 
 def after(stage: str, settings: config.Settings, out: Path) -> None:
     """Judges a checkpoint that was just made, for the one line that says what its stage did."""
-    for name, checkpoint, mode in ROWS:
+    for name, checkpoint, mode in config.ROWS:
         if checkpoint == stage:
             cell = judge_checkpoint(stage, mode, settings, out)["splits"]["test"]["all"]
             print(f"   {name}: {percent(cell['accuracy'])}% [{percent(cell['low'])}, {percent(cell['high'])}] on the test split", flush=True)
@@ -162,7 +162,7 @@ def run(stage: str, settings: config.Settings, folder: Path) -> str:
     import report
 
     out = folder.parent
-    results = [{"name": name, "stage": checkpoint, "mode": mode} | judge_checkpoint(checkpoint, mode, settings, out) for name, checkpoint, mode in ROWS]
+    results = [{"name": name, "stage": checkpoint, "mode": mode} | judge_checkpoint(checkpoint, mode, settings, out) for name, checkpoint, mode in config.ROWS]
     config.write_text(folder / "results.json", json.dumps({"rows": results}, indent=1))
     config.write_text(folder / "table.txt", table(results))
     report.write(out)

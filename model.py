@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 import transformers
 from PIL import Image
@@ -41,6 +42,27 @@ class Processor:
 
 def device_of(model) -> torch.device:
     return next(model.parameters()).device
+
+
+# -------------------------------------------------------------------------------------------------------------- processes
+
+
+def world() -> tuple:
+    """(rank, processes). Under torchrun every process holds the whole model and takes every n-th example of a batch; since denominators
+    count the whole batch, summed gradients are those of one process."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def sum_gradients(model, loss: float) -> float:
+    """Adds up the gradients of all processes, in place, in one message; returns the summed loss."""
+    if world()[1] == 1:
+        return loss
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in parameters] + [torch.tensor([loss], device=device_of(model))])
+    dist.all_reduce(flat)
+    for p, gradient in zip(parameters, flat[:-1].split([p.numel() for p in parameters])):
+        p.grad = gradient.view_as(p)
+    return flat[-1].item()
 
 
 # ----------------------------------------------------------------------------------------------------------- load and save

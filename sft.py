@@ -62,6 +62,16 @@ def encode_example(processor, model, example: tuple) -> dict:
     return M.encode(processor, model, parts, prefix, response[len(prefix):])
 
 
+def micro_batches(batch: list, limit: int) -> list:
+    """Cuts a batch that is sorted by length into pieces of at most `limit` tokens, padding included (one example at least)."""
+    pieces = [[]]
+    for encoded in batch:
+        if pieces[-1] and (len(pieces[-1]) + 1) * len(encoded["ids"]) > limit:
+            pieces.append([])
+        pieces[-1].append(encoded)
+    return pieces
+
+
 def train(model, processor, examples: list, settings: config.SFT, folder: Path, seed: str, label: str) -> None:
     """Plain SFT of `model`, in place, on [(content parts, response)]; writes folder/metrics.jsonl."""
     if not examples:
@@ -71,28 +81,28 @@ def train(model, processor, examples: list, settings: config.SFT, folder: Path, 
     device, pad = M.device_of(model), processor.tokenizer.pad_token_id
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.0, betas=(0.9, 0.95), weight_decay=settings.weight_decay)
     steps = max(1, round(len(examples) * settings.epochs / settings.batch_size))
-    rng, order, started = random.Random(seed), [], time.time()
+    rng, order, started, (rank, processes) = random.Random(seed), [], time.time(), M.world()
     for step in config.progress(range(steps), label):
         while len(order) < settings.batch_size:
             order += rng.sample(range(len(examples)), len(examples))
         taken, order = order[: settings.batch_size], order[settings.batch_size :]
         batch = sorted((encode_example(processor, model, examples[k]) for k in taken), key=lambda e: len(e["ids"]))  # like lengths together
-        tokens = sum(len(e["ids"]) - e["prompt_length"] for e in batch)
+        tokens = sum(len(e["ids"]) - e["prompt_length"] for e in batch)  # of all processes: the denominator of the whole update
         rate = learning_rate(step, steps, settings.lr, settings.warmup)
         for group in optimizer.param_groups:
             group["lr"] = rate
         optimizer.zero_grad()
         total = 0.0
-        for k in range(0, len(batch), settings.micro_batch):
-            micro = batch[k : k + settings.micro_batch]
+        for micro in micro_batches(batch[rank::processes], settings.micro_tokens):
             inputs = M.collate(micro, "right", pad, device)
             logits = model(**inputs, use_cache=False).logits
             loss = sft_loss(logits, inputs["input_ids"], response_mask(micro, logits.shape[1]).to(device), tokens)
             loss.backward()
             total += loss.item()
+        total = M.sum_gradients(model, total)
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), settings.max_grad_norm)
         optimizer.step()
-        config.log(folder, {"step": step + 1, "loss": round(total, 5), "lr": rate, "grad_norm": round(norm.item(), 4), "tokens": tokens, "seconds": round(time.time() - started, 2)})
+        config.log(folder, {"phase": label, "step": step + 1, "loss": round(total, 5), "lr": rate, "grad_norm": round(norm.item(), 4), "tokens": tokens, "seconds": round(time.time() - started, 2)})
 
 
 @torch.no_grad()

@@ -50,6 +50,7 @@ LADDER = {  # facts of the dimensions that are seen at a glance, best first, wit
     "authenticity": (("none broken", 10), ("one broken", 8), ("two broken", 5)),
     "clarity": (("fluent", 9), ("one filler", 7), ("two fillers", 4)),
 }
+POSSIBLE = (1, 4, 5, 7, 8, 9, 10)  # every score that the table above can give
 
 
 # ---------------------------------------------------------------------------------------------------------------- drawing
@@ -278,7 +279,7 @@ def write_split(folder, split: str, plan: list, pool: list, rng: random.Random) 
 # the bare verdict, on all four tasks. Each exercise is a contiguous piece of check, score, total, decide; none is the whole on any
 # pair. Dimensions come in any order and number, so that reading them from the prompt is the only way to be right.
 
-PRACTICE = {"name": 2, "check": 3, "rate": 5, "compare": 6, "total": 2, "decide": 1, "total_decide": 2, "tagged": 2, "direct": 4}
+PRACTICE = {"name": 2, "check": 4, "rate": 5, "compare": 5, "total": 2, "decide": 1, "total_decide": 2, "tagged": 2, "direct": 5}
 
 
 def practice(rng: random.Random, kind: str, sample: Sample, scenes: list) -> tuple:
@@ -312,11 +313,10 @@ def practice(rng: random.Random, kind: str, sample: Sample, scenes: list) -> tup
             response += "\n" + write_totals(noun, chosen(sample.scores))
         return media_parts(sample) + [text(steps_text(task, dimensions, steps))], response
     if kind in ("total", "decide", "total_decide"):
-        scores = {str(d): [rng.randint(1, 10), rng.randint(1, 10)] for d in range(rng.choice([2, 3, 3, 3]))}
-        sums = [sum(pair[side] for pair in scores.values()) for side in (0, 1)]
-        if sums[0] == sums[1]:
-            scores["0"][0] += 1 if scores["0"][0] < 10 else -1
-            sums[0] = sum(pair[0] for pair in scores.values())
+        sums = [0, 0]
+        while sums[0] == sums[1]:
+            scores = {d: [rng.choice(POSSIBLE), rng.choice(POSSIBLE)] for d in dimensions + [None] * (len(dimensions) == 1)}
+            sums = [sum(pair[side] for pair in scores.values()) for side in (0, 1)]
         verdict = f"<answer>{verdict_string(task, 1 if sums[0] > sums[1] else 2)}</answer>"
         given = " ".join(f"{noun} {side + 1}: {', '.join(f'({pair[side]}/10)' for pair in scores.values())}." for side in (0, 1))
         if kind == "decide":
@@ -348,7 +348,8 @@ def write_practice(folder, pairs: int, naming: int, rows_per_pair: int, rng: ran
             rows.append(("direct", parts, f"<answer>{verdict_string(sample.task, 0)}</answer>"))
             kinds = [kind for kind in kinds if kind != "direct"]
         rows += [(kind, *practice(rng, kind, sample, scenes)) for kind in kinds]
-    singles = [("name", *practice(rng, "name", *rng.choice(made))) for _ in range(naming)]
+    pictures = [(sample, scenes) for sample, scenes in made if not is_video(sample.task)]
+    singles = [("name", *practice(rng, "name", *rng.choice(pictures))) for _ in range(naming)]
     for file, written in (("naming", singles), ("practice", rows)):
         write_jsonl(folder / f"{file}.jsonl", ({"kind": kind, "conversations": [{"from": "human", "value": text}, {"from": "gpt", "value": response}], "images": files}
                                                for kind, (text, files), response in ((kind, to_text(parts), response) for kind, parts, response in written)))

@@ -33,15 +33,15 @@ def chain(tmp_path_factory):
 
 def test_the_chain_makes_every_stage_and_ends_with_table_and_report(chain):
     out, printed = chain
-    for stage in ("data", "base", "distill", "cold_start", "rejection", "rejection_sft", "grpo", "grpo_direct", "evaluate"):
+    for stage in ("data", "base", "distill", "cold_start", "rejection", "rejection_sft", "direct_sft", "grpo", "grpo_direct", "evaluate"):
         assert f"== {stage}: python " in printed
         done = json.loads((out / stage / "done.json").read_text())
         assert done["settings"]["run"]["seed"] == 0 and done["made"]
-    for name, _, _ in __import__("evaluate").ROWS:
+    for name, _, _ in config.ROWS:
         assert name in printed.split("accuracy % on the test split")[1]
     assert (out / "evaluate" / "report.html").stat().st_size > 10_000
     rows = json.loads((out / "evaluate" / "results.json").read_text())["rows"]
-    assert [row["splits"]["test"]["all"]["pairs"] for row in rows] == [16] * 6
+    assert [row["splits"]["test"]["all"]["pairs"] for row in rows] == [16] * 7
     assert all(0 <= row["splits"]["test"][task]["accuracy"] <= 1 for row in rows for task in data.TASKS)
 
 
@@ -115,10 +115,7 @@ def test_a_checkpoint_is_an_ordinary_folder_with_the_vision_tower_untouched(chai
     assert changed and not any("visual" in name for name in changed)
 
 
-def test_the_direct_control_and_a_rebuilt_base_run(chain, tmp_path):
-    out, _ = chain
-    done = script("sft.py", "--config", "smoke", "--out", out, "--stage", "direct_sft")
-    assert done.returncode == 0 and (out / "direct_sft" / "model.safetensors").is_file(), done.stderr[-3000:]
+def test_a_base_can_be_rebuilt(tmp_path):
     done = script("sft.py", "--config", "smoke", "--out", tmp_path / "rebuilt", "--stage", "base", "--base.rebuild", "true")
     assert done.returncode == 0, done.stderr[-3000:]
     losses = [row["loss"] for row in data.read_jsonl(tmp_path / "rebuilt" / "base" / "metrics.jsonl")]

@@ -1,0 +1,400 @@
+"""The report: a run folder as one HTML file that opens anywhere, without network and without a server.
+
+It says what every stage reported, how well each checkpoint judges and reasons, how the training went, and lets the reader leaf through
+judged pairs with what every stage said about them side by side. Stages and files that are missing are left out, so it can be written
+while a run is still going.
+
+Captions, answers and model text are somebody else's: in the markup they are escaped; to the script they go as JSON in which every "<"
+is escaped, and it shows them as text nodes only; the page's policy lets no other script run and nothing be loaded.
+
+    python report.py runs/small        writes runs/small/evaluate/report.html
+"""
+
+import base64
+import hashlib
+import io
+import json
+import math
+import sys
+from html import escape
+from itertools import zip_longest
+from pathlib import Path
+
+from PIL import Image
+
+import config
+import data
+
+SPLITS = ("test", "heldout", "ties")
+PAIRS, BYTES = 400, 12_000_000  # at most so many pairs in the browser, and so much JSON, pictures included
+FRAMES, SIDE = 8, 192  # at most so many frames of a clip, and no picture larger than this
+
+STAGE_TEXT = {
+    "data": "Draws the small world: pairs of candidates whose every score is known, as a training pool and as tests.",
+    "base": "Learns to see, name, rate, add up and answer directly, but never a whole chain of thought. It stands for the pretrained reward model.",
+    "distill": "A teacher writes its reasoning on image generation pairs; only what ends in the right verdict is kept.",
+    "cold_start": "Fine-tuning on the kept reasoning. It teaches the format: dimensions, scores, sums, verdict.",
+    "rejection": "The cold-started model judges all four tasks. What it gets right becomes training text, what it gets wrong is left for GRPO.",
+    "rejection_sft": "Fine-tuning on the model's own correct reasoning, which carries the format to all four tasks.",
+    "direct_sft": "A control: the pairs of the stage before, with the bare verdict in place of the reasoning.",
+    "grpo": "Reinforcement learning on pairs that were judged wrongly: of several judgements of each pair, the better ones are made likelier.",
+    "grpo_direct": "A control: the same reinforcement learning from the base, without reasoning.",
+}
+QUALITY = {  # metric of evaluate.summarise: (column, what it is the share of)
+    "format_ok": ("format kept", "texts that are one think block and one answer block, to the letter"),
+    "sums_ok": ("sums right", "texts whose stated totals are the sums of their scores"),
+    "consistent": ("verdict follows", "texts whose sums are right and whose verdict names the larger one"),
+    "scores_right": ("scores right", "scores that equal the true ones"),
+    "facts_right": ("facts right", "observations that equal the true ones word for word"),
+    "orders_agree": ("orders agree", "pairs on which the verdict stays with the same candidate when the two change places"),
+    "first_chosen": ("first chosen", "verdicts for the candidate shown first; far from 50, place decides instead of quality"),
+    "unreadable": ("unreadable", "texts without exactly one allowed verdict; they count as wrong"),
+}
+TIES = {"diff": "pairs with a winner", "tau": "all pairs", "tau_calibrated": "all pairs, close totals read as ties"}
+CURVES = {  # metric of grpo.py: (title, y axis, what it shows and what it looks like when it goes wrong)
+    "reward_accuracy": ("Accuracy reward", "share", "Sampled judgements with the right verdict. It should climb; "
+                        "flat from the start means that nothing is learnt, a climb and then a fall that the learning rate is too high."),
+    "reward_format": ("Format reward", "share", "Sampled texts that keep the format. It should stay near 1; a drop means that the policy is coming apart."),
+    "kl": ("KL to the reference", "nats per token", "How far the policy has moved from the model that entered the stage. It rises slowly from 0; "
+           "a leap is often the first sign of collapse, and 0 throughout means that beta is 0 or nothing moves."),
+    "length": ("Length", "tokens", "Mean length of a completion. It should keep level, since the format sets it; "
+               "a run up to the limit means texts that never end, a fall to a few tokens that reasoning was dropped."),
+    "entropy": ("Entropy", "nats per token", "How undecided the policy is at each token. It falls slowly; "
+                "near 0 all texts of a group are alike and nothing is left to compare, and a rise means that the text turns to noise."),
+    "zero_variance_share": ("Groups of equal rewards", "share", "Groups in which every completion earned the same and which therefore teach nothing. "
+                            "Close to 1, the pairs are all too easy or all too hard and the stage stands still."),
+    "clip_share": ("Clipped tokens", "share", "Tokens whose probability moved too far to count. Exactly 0 with one update per rollout; "
+                   "with several, a large share means that the steps are too big."),
+    "grad_norm": ("Gradient norm", "before clipping", "Size of each update's gradient. Noisy but level is healthy; "
+                  "spikes followed by a loss of reward ask for a lower learning rate, and 0 means that all groups had equal rewards."),
+}
+LOSSES = {  # stage: (title, what its loss looks like when all is well and when it is not)
+    "base": ("Base", "Pictures are named first; then the exercises begin and the loss jumps once. A long plateau: the model writes but does not see."),
+    "cold_start": ("Cold start", "Falls fast while the format is learnt, then slowly while the content is. Near 0, the examples were learnt by heart."),
+    "rejection_sft": ("Rejection-sampled SFT", "Starts low, since the text is the model's own; a high start means that it was sampled from some other model."),
+    "direct_sft": ("Direct SFT, control", "All of a verdict but one word is fixed, so it is low at once; if it then stays level, that word is a guess."),
+}
+
+# ---------------------------------------------------------------------------------------------------------------- reading
+
+
+def read_json(path: Path) -> dict:
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+def read_rows(path: Path) -> list:
+    """Rows of a JSON lines file that may be growing: the line that is just being written is left out."""
+    rows = []
+    for line in path.read_text(encoding="utf-8", errors="replace").split("\n") if path.is_file() else []:
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return rows
+
+
+def read_results(out: Path) -> list:
+    """The rows of the stage table. While the run is going there are only the files of the checkpoints judged so far."""
+    rows = {(row["stage"], row["mode"]): row for row in read_json(out / "evaluate" / "results.json").get("rows", [])}
+    for stage in config.STAGES:
+        for mode in ("answer", "think"):
+            if judged := read_json(out / "evaluate" / f"{stage}-{mode}.json"):
+                rows[stage, mode] = {"name": f"{stage}, {mode}", "stage": stage, "mode": mode} | rows.get((stage, mode), {}) | judged
+    return list(rows.values())
+
+
+# ----------------------------------------------------------------------------------------------------------------- tables
+
+
+def percent(value) -> str:
+    return "–" if value is None or not math.isfinite(value) else f"{100 * value:.1f}"
+
+
+def table(heads: list, lines: list) -> str:
+    """`lines` hold finished markup; the first cell of each is its name."""
+    head = "".join(f'<th scope="col">{text}</th>' for text in heads)
+    body = "".join(f'<tr><th scope="row">{name}</th>{"".join(f"<td>{cell}</td>" for cell in cells)}</tr>' for name, *cells in lines)
+    return f'<div class="scroll"><table><thead><tr><td></td>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+
+
+def accuracy_cell(cell: dict) -> str:
+    if not cell:
+        return "–"
+    value, low, high = (percent(cell[key]) for key in ("accuracy", "low", "high"))
+    return f"""<b>{value}</b> <small>{low}–{high}</small><svg class="meter" viewBox="0 0 100 8" preserveAspectRatio="none" aria-hidden="true">
+<rect class="fill" width="{value}" height="8"/><path d="M50 0V8"/><path class="whisker" d="M{low} 4H{high}"/></svg>"""
+
+
+def results_section(results: list) -> str:
+    if not results:
+        return '<p class="muted">No checkpoint has been judged yet.</p>'
+    lines = lambda cells: [[escape(row["name"]), *cells(row)] for row in results]
+    scores = lambda split: lines(lambda row: [accuracy_cell(row["splits"].get(split, {}).get(scope)) for scope in (*data.TASKS, "all")])
+    heads = [task.replace("_", " ") for task in data.TASKS] + ["mean"]
+    quality = lines(lambda row: [percent(row["splits"].get("test", {}).get("all", {}).get(key)) for key in QUALITY])
+    ties = lines(lambda row: [percent(row.get("ties", {}).get(key)) for key in TIES])
+    meaning = "".join(f"<dt>{column}</dt><dd>{text}</dd>" for column, text in QUALITY.values())
+    return f"""<h3>Accuracy on the test pairs, %</h3>{table(heads, scores("test"))}
+<h3>Accuracy on pairs that turn on a colour and a shape never trained on together, %</h3>{table(heads, scores("heldout"))}
+<p class="muted">Small figures, and the thin line across each bar: the 95% interval over pairs. Mark at 50%: what guessing earns. Two rows whose
+intervals overlap widely have not been told apart.</p>
+<h3>Quality of the reasoning on the test pairs, %</h3>{table([column for column, _ in QUALITY.values()], quality)}
+<details><summary>What the columns count</summary><dl>{meaning}</dl></details>
+<h3>Accuracy on generation pairs of which some are ties, %</h3>{table(list(TIES.values()), ties)}"""
+
+
+def stages_section(out: Path) -> str:
+    items = ""
+    for stage, text in STAGE_TEXT.items():
+        done = read_json(out / stage / "done.json")
+        state = f'{escape(str(done["made"]))} ({done["seconds"]:,.0f} s)' if done else "not finished" if (out / stage).is_dir() else "not run yet"
+        items += f'<li><b>{stage}</b> {text} <span class="{"made" if done else "muted"}">{state}</span></li>'
+    return f'<ol>{items}</ol>'
+
+
+# ----------------------------------------------------------------------------------------------------------------- curves
+
+
+def curve(values: list, title: str, unit: str, sentence: str) -> str:
+    """One panel: every step as a thin line, the mean of its neighbourhood as a thick one."""
+    values = [value for value in values if isinstance(value, (int, float)) and math.isfinite(value)]
+    if not values:
+        return ""
+    count, reach = len(values), max(1, len(values) // 30)
+    smooth = [sum(near) / len(near) for near in (values[max(0, k - reach) : k + reach + 1] for k in range(count))]
+    low = 0.0 if 0 <= min(values) <= max(values) / 2 or unit == "share" else min(values)
+    high = 1.0 if unit == "share" and max(values) > 0.2 else max(values) if max(values) > low else low + 1
+    x, y = lambda k: 44 + 246 * k / max(1, count - 1), lambda value: 122 - 106 * (value - low) / (high - low)
+    points = lambda line: " ".join(f"{x(k):.1f},{y(line[k]):.1f}" for k in range(0, count, math.ceil(count / 400)))
+    ticks = "".join(f'<path class="rule" d="M44 {y(value):.1f}H290"/><text x="40" y="{y(value) + 3:.1f}" class="end">{value:.3g}</text>'
+                    for value in (low, (low + high) / 2, high))
+    return f"""<figure><h4>{title}</h4><svg viewBox="0 0 300 140" role="img" aria-label="{title}: from {smooth[0]:.3g} to {smooth[-1]:.3g} in {count} steps">
+{ticks}<text x="44" y="9">{unit}</text><text x="44" y="136">1</text><text x="167" y="136" class="mid">step</text><text x="290" y="136" class="end">{count}</text>
+<polyline class="raw" points="{points(values)}"/><polyline points="{points(smooth)}"/></svg><figcaption>{sentence}</figcaption></figure>"""
+
+
+def curves_section(out: Path) -> str:
+    made = ""
+    for stage, title in (("grpo", "GRPO"), ("grpo_direct", "GRPO without reasoning, the control")):
+        rows = read_rows(out / stage / "metrics.jsonl")
+        panels = "".join(curve([row.get(key) for row in rows], *words) for key, words in CURVES.items())
+        made += f'<h3>{title}</h3><div class="panels">{panels}</div>' if panels else ""
+    losses = "".join(curve([row.get("loss") for row in read_rows(out / stage / "metrics.jsonl")], title, "nats per token", sentence)
+                     for stage, (title, sentence) in LOSSES.items())
+    made += f'<h3>Loss of the fine-tuning stages</h3><div class="panels">{losses}</div>' if losses else ""
+    return made or '<p class="muted">No training has begun.</p>'
+
+
+# ------------------------------------------------------------------------------------------------------- browser of pairs
+
+
+def picture(item) -> dict | None:
+    """One image, or the frames of a clip side by side, as a data URI with the width to show it at; None where it cannot be read."""
+    files = data.flat(item)
+    try:
+        frames = [Image.open(file).convert("RGB") for file in files[:: math.ceil(len(files) / FRAMES)]]
+    except OSError:
+        return None
+    for frame in frames:
+        frame.thumbnail((SIDE, SIDE))
+    width, height = sum(frame.width + 1 for frame in frames) - 1, max(frame.height for frame in frames)
+    strip, left, stream = Image.new("RGB", (width, height), (128, 128, 128)), 0, io.BytesIO()
+    for frame in frames:
+        strip.paste(frame, (left, 0))
+        left += frame.width + 1
+    kind = "png" if height <= 64 else "jpeg"  # a small picture is kept without loss and scaled up by a whole number
+    strip.save(stream, kind)
+    source = f"data:image/{kind};base64,{base64.b64encode(stream.getvalue()).decode()}"
+    return {"src": source, "width": width * (96 // height if kind == "png" else 1), "small": kind == "png"}
+
+
+def said_by(judged: dict, sample: data.Sample) -> dict:
+    """What one stage said about a pair. `scores`: [dimension, [its scores], [true scores] or null], added dimensions last."""
+    dimensions = dict.fromkeys([*sample.scores, *judged["scores"]]) if judged["scores"] else {}
+    scores = [[dimension, [judged["scores"].get(dimension, {}).get(k) for k in ("1", "2")], sample.scores.get(dimension)] for dimension in dimensions]
+    right = judged["answer"] is not None and judged["answer"] == sample.label
+    return {"right": right, "answer": verdict(sample.task, judged["answer"]), "text": judged["text"], "scores": scores}
+
+
+def verdict(task: str, answer: int | None, otherwise: str = "unreadable") -> str:
+    return {number: text for text, number in data.verdict_strings(task).items()}.get(answer, otherwise)
+
+
+def choose_pairs(samples: dict, judged: list) -> list:
+    """[(split, id)] of judged pairs, tasks and splits taking turns, and within each first the pairs on which stages disagree."""
+    keys = [key for key in samples if any(key in rows for rows in judged)]
+    agree = {key: len({rows[key]["answer"] for rows in judged if key in rows}) == 1 for key in keys}
+    interleave = lambda lists: [item for items in zip_longest(*lists) for item in items if item is not None]
+    group = lambda task, split: sorted((key for key in keys if key[0] == split and samples[key].task == task), key=agree.get)
+    return interleave(interleave(group(task, split) for split in SPLITS) for task in data.TASKS)
+
+
+def browser_data(out: Path, results: list) -> dict:
+    """What the script shows: {"stages": [name], "full": index of the full model's, "pairs": [...], "of": number of judged pairs}."""
+    samples = {}
+    for split in SPLITS:
+        file = out / "data" / f"{split}.jsonl"
+        samples |= {(split, sample.id): sample for sample in (data.read_samples(file) if file.is_file() else [])}
+    files = [out / "evaluate" / f"{row['stage']}-{row['mode']}.jsonl" for row in results]
+    judged = [{(row["split"], row["id"]): row for row in read_rows(file) if not row["swapped"]} for file in files]
+    chosen, pairs, size = choose_pairs(samples, judged), [], 0
+    for key in chosen[:PAIRS]:
+        sample = samples[key]
+        facts = [[dimension, list(zip(pair, sample.reasons.get(dimension, ["", ""])))] for dimension, pair in sample.scores.items()]
+        pairs.append({"id": sample.id, "split": key[0], "task": sample.task, "noun": data.candidate_noun(sample.task),
+                      "prompt": sample.prompt or sample.problem, "answers": sample.answers, "media": [picture(item) for item in sample.media],
+                      "label": verdict(sample.task, sample.label, "unknown"), "facts": facts,
+                      "said": [said_by(rows[key], sample) if key in rows else None for rows in judged]})
+        size += len(json.dumps(pairs[-1]))
+        if size > BYTES:
+            break
+    full = next((k for k, row in enumerate(results) if (row["stage"], row["mode"]) == ("grpo", "think")), len(results) - 1)
+    return {"stages": [row["name"] for row in results], "full": full, "pairs": pairs, "of": len(chosen)}
+
+
+BROWSER = """Pairs on which the stages disagree come first, so shares counted here are not the accuracies above. A bar is the score that was given,
+to candidate 1 on the left and 2 on the right; the mark is the true score. Keys: <kbd>j</kbd> or <kbd>→</kbd> next, <kbd>k</kbd> or <kbd>←</kbd> previous.</p>
+<div id="controls"><select id="task" aria-label="task"></select><select id="split" aria-label="split"></select><select id="stage" aria-label="stage"></select>
+<select id="right" aria-label="verdict"></select><label><input type="checkbox" id="disagree"> stages disagree</label>
+<button id="previous" aria-label="previous">←</button><button id="next" aria-label="next">→</button><output id="place"></output></div>
+<div id="sample"></div>"""
+
+SCRIPT = r"""
+const { stages, pairs, full } = JSON.parse(document.getElementById("data").textContent);
+const get = id => document.getElementById(id), words = text => text.replaceAll("_", " "), both = [0, 1];
+function el(tag, name, ...children) {  // append() makes text nodes of strings: nothing in the data can become markup
+  const made = Object.assign(document.createElement(tag), { className: name });
+  made.append(...children);
+  return made;
+}
+function bar(score, truth) {
+  const known = truth !== undefined, right = score === truth, mark = el("span", "mark");
+  const level = el("span", !known ? "level" : right ? "level hit" : "level miss");
+  [level.style.width, mark.style.left] = [Math.min(10, score ?? 0), truth].map(value => 10 * value + "%");
+  const number = el("span", "number", (score ?? "–") + (known && !right ? ", is " + truth : ""));
+  return el("span", "score", el("span", "track", level, ...(known ? [mark] : [])), number);
+}
+function card(name, said) {
+  if (!said) return el("section", "card", el("h4", "", name), el("p", "muted", "not judged"));
+  const lines = said.scores.map(([dimension, scores, truth]) =>
+    el("div", "dimension", el("span", "muted", dimension + (truth ? "" : " (its own)")), ...both.map(k => bar(scores[k], truth?.[k]))));
+  const verdict = el("p", said.right ? "right" : "wrong", (said.right ? "✓ " : "✗ ") + said.answer);
+  return el("section", "card", el("h4", "", name), verdict, ...lines, el("pre", "", said.text));
+}
+function truth(pair) {
+  const cell = ([score, fact]) => el("td", "", el("b", "", String(score)), " " + fact);
+  const line = (name, cells) => el("tr", "", el("th", "", name), ...cells.map(cell));
+  const sums = both.map(k => [pair.facts.reduce((sum, [, sides]) => sum + sides[k][0], 0), ""]);
+  const head = el("tr", "", el("td", ""), ...both.map(k => el("th", "", pair.noun + " " + (k + 1))));
+  return el("div", "scroll", el("table", "", head, ...pair.facts.map(fact => line(...fact)), line("total", sums)));
+}
+function medium(pair, item, k) {
+  const name = pair.noun === "Answer" ? "" : pair.noun + " " + (k + 1), image = el("img", item?.small ? "small" : "");
+  if (item) { image.src = item.src; image.width = item.width; image.alt = name || "what is asked about"; }
+  return el("figure", "", item ? image : "(picture missing)", el("figcaption", "", name));
+}
+function view(pair) {
+  const line = (name, text) => el("p", "prompt", el("b", "", name + ": "), text);
+  return [el("p", "muted", words(pair.task) + ", " + pair.split + ", " + pair.id), el("div", "media", ...pair.media.map((item, k) => medium(pair, item, k))),
+    line(pair.noun === "Answer" ? "Question" : "Caption", pair.prompt), ...pair.answers.map((answer, k) => line("Answer " + (k + 1), answer)),
+    line("Truth", pair.label), ...(pair.facts.length ? [truth(pair)] : []), el("div", "cards", ...pair.said.map((said, k) => card(stages[k], said)))];
+}
+let shown = pairs, at = 0;
+function show(place) {
+  at = Math.max(0, Math.min(shown.length - 1, place));
+  get("place").textContent = shown.length ? at + 1 + " of " + shown.length : "none";
+  get("sample").replaceChildren(...(shown.length ? view(shown[at]) : ["No pair fits these filters."]));
+  [get("previous").disabled, get("next").disabled] = [at <= 0, at >= shown.length - 1];
+}
+function filter() {
+  const [task, split, stage, right] = ["task", "split", "stage", "right"].map(id => get(id).value);
+  const answers = pair => new Set(pair.said.filter(Boolean).map(said => said.answer)), least = get("disagree").checked ? 2 : 1;
+  shown = pairs.filter(pair => (!task || pair.task === task) && (!split || pair.split === split) && (!right || String(pair.said[stage]?.right) === right)
+    && answers(pair).size >= least);
+  show(0);
+}
+const distinct = key => [...new Set(pairs.map(pair => pair[key]))].map(value => [value, words(value)]);
+const choices = { task: [["", "all tasks"], ...distinct("task")], split: [["", "all splits"], ...distinct("split")],
+  stage: stages.map((name, k) => [k, name]), right: [["", "right or wrong"], ["true", "right"], ["false", "wrong"]] };
+for (const [id, options] of Object.entries(choices)) get(id).append(...options.map(([value, text]) => new Option(text, value)));
+get("stage").value = full;
+for (const id of [...Object.keys(choices), "disagree"]) get(id).addEventListener("change", filter);
+for (const [id, step] of [["previous", -1], ["next", 1]]) get(id).addEventListener("click", () => show(at + step));
+document.addEventListener("keydown", event => {
+  const step = { j: 1, ArrowRight: 1, k: -1, ArrowLeft: -1 }[event.key], taken = event.target.tagName === "SELECT" && event.key.startsWith("Arrow");
+  if (step && !taken && !event.ctrlKey && !event.metaKey && !event.altKey) show(at + step);
+});
+const linked = pairs.findIndex(pair => "#" + pair.id === location.hash);  // report.html#test-00012 opens at that pair
+show(Math.max(0, linked));
+if (linked >= 0) get("controls").scrollIntoView();
+"""
+
+STYLE = """
+:root { color-scheme: light dark; --page: #fbfaf7; --box: #fff; --text: #1e2227; --quiet: #626971; --line: #dcdad3; --fill: #b9cfe8; --ink: #1f5fa8;
+  --good: #1d7a45; --bad: #b3401f; }
+@media (prefers-color-scheme: dark) { :root { --page: #15181c; --box: #1d2126; --text: #e4e6e8; --quiet: #9aa2ab; --line: #363c43; --fill: #3a5f88;
+  --ink: #7db4ee; --good: #5cc48a; --bad: #f0906c; } }
+* { box-sizing: border-box; }
+body { margin: 0 auto; max-width: 1240px; padding: 20px 16px 40vh; background: var(--page); color: var(--text); font: 16px/1.5 system-ui, sans-serif; }
+h2 { margin: 2.2em 0 .4em; border-bottom: 1px solid var(--line); } h3 { margin: 1.4em 0 .4em; font-size: 1.05rem; } h4, figure, dd { margin: 0; }
+p, ol { max-width: 78ch; } li { margin-bottom: .5em; } li span { display: block; } .made { color: var(--ink); overflow-wrap: anywhere; }
+.muted, small, figcaption, output, thead th { color: var(--quiet); } small { white-space: nowrap; } .scroll { overflow-x: auto; }
+table { border-collapse: collapse; font-size: .92rem; } td { font-variant-numeric: tabular-nums; } th { font-weight: 500; }
+th, td { padding: 5px 14px 5px 0; border-bottom: 1px solid var(--line); text-align: left; vertical-align: top; }
+[scope=row] { min-width: 8.5em; position: sticky; left: 0; background: var(--page); }
+.meter { display: block; width: 100%; min-width: 90px; height: 8px; background: var(--line); } .fill { fill: var(--fill); }
+.meter path { vector-effect: non-scaling-stroke; stroke: var(--quiet); } .meter .whisker { stroke: var(--ink); stroke-width: 2; }
+dl { display: grid; grid-template-columns: max-content 1fr; gap: 2px 14px; } dl, figcaption, pre, .dimension { font-size: .86rem; line-height: 1.4; }
+.panels { display: grid; grid-template-columns: repeat(auto-fill, minmax(270px, 1fr)); gap: 22px; } .panels svg { width: 100%; font-size: 10px; }
+text { fill: var(--quiet); } .mid { text-anchor: middle; } .end { text-anchor: end; } .rule { stroke: var(--line); }
+polyline { fill: none; stroke: var(--ink); stroke-width: 2; stroke-linejoin: round; } .raw { stroke: var(--fill); stroke-width: 1; }
+#controls { position: sticky; top: 0; z-index: 1; display: flex; flex-wrap: wrap; gap: 8px; align-items: center; padding: 8px 0; background: var(--page); }
+select, button { font: inherit; padding: 3px 8px; } @media (max-width: 600px) { #controls select { flex: 1 1 40%; min-width: 0; } }
+.media { display: flex; flex-wrap: wrap; gap: 12px 20px; } .small { image-rendering: pixelated; }
+img { display: block; max-width: 100%; height: auto; border: 1px solid var(--line); }
+.prompt, pre { margin: 8px 0 0; white-space: pre-wrap; overflow-wrap: anywhere; }
+.cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 340px), 1fr)); gap: 14px; margin-top: 16px; align-items: start; }
+.card { min-width: 0; padding: 12px; border: 1px solid var(--line); border-radius: 6px; background: var(--box); } .card p { margin: 2px 0 8px; }
+.right, .wrong { font-weight: 600; color: var(--good); } .wrong { color: var(--bad); } .hit { background: var(--good); } .miss { background: var(--bad); }
+.dimension { display: grid; grid-template-columns: 1fr 1fr; gap: 0 12px; overflow-wrap: anywhere; } .dimension > .muted { grid-column: 1 / -1; }
+.score { display: flex; gap: 6px; align-items: center; } .number { flex: 0 0 4em; }
+.track { position: relative; flex: 1; height: 8px; background: var(--line); } .level { position: absolute; inset: 0 auto 0 0; }
+.level:not(.hit, .miss) { background: var(--ink); } .mark { position: absolute; inset: -2px auto; width: 2px; margin-left: -2px; background: var(--text); }
+"""
+
+# ------------------------------------------------------------------------------------------------------------------- page
+
+
+def write(out: Path) -> Path:
+    """Writes out/evaluate/report.html from what is in the run folder `out`, and returns its path."""
+    results = read_results(out)
+    judged = browser_data(out, results)
+    allowed = base64.b64encode(hashlib.sha256(SCRIPT.encode()).digest()).decode()
+    policy = f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{allowed}'; base-uri 'none'; form-action 'none'"
+    browser = '<p class="muted">Nothing has been judged yet.</p>'
+    if judged["pairs"]:
+        embedded = json.dumps(judged, separators=(",", ":")).replace("<", "\\u003c")
+        browser = f'<p>{len(judged["pairs"])} of {judged["of"]} judged pairs. {BROWSER}<script type="application/json" id="data">{embedded}</script>'
+        browser += f"<script>{SCRIPT}</script>"
+    title = f"Report of the run {escape(out.resolve().name)}"
+    page = f"""<!doctype html><html lang="en"><head><meta charset="utf-8"><meta http-equiv="Content-Security-Policy" content="{policy}">
+<meta name="viewport" content="width=device-width, initial-scale=1"><title>{title}</title><style>{STYLE}</style></head><body>
+<h1>{title}</h1>
+<p>A reward model looks at two candidates and says which is better. This run teaches one to reason first: to score both on several dimensions, to add the
+scores up and to let the sums decide. The stages build on each other in the order below; in colour is what each reported. In the tables every row is
+one checkpoint, so reading down shows what a stage changed: first whether the verdict is right, then whether the reasoning is. The curves show how the training
+got there, and the pairs at the end let you see the judgements themselves.</p>
+<h2>What each stage did</h2>{stages_section(out)}
+<h2>How well each stage judges</h2>{results_section(results)}
+<h2>How the training went</h2><p>Thin: every step. Thick: the mean of its neighbourhood.</p>{curves_section(out)}
+<h2>What the stages said, pair by pair</h2>{browser}</body></html>
+"""
+    (out / "evaluate").mkdir(parents=True, exist_ok=True)
+    config.write_text(out / "evaluate" / "report.html", page)
+    return out / "evaluate" / "report.html"
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 2 or not Path(sys.argv[1]).is_dir():
+        sys.exit("usage: python report.py RUN_FOLDER")
+    print(write(Path(sys.argv[1])))

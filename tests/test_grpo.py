@@ -1,0 +1,380 @@
+"""The mathematics of grpo.py against closed forms, exact expectations and plain loops; then rewards and one update of a real model."""
+
+import copy
+import math
+
+import pytest
+import torch
+
+import config
+import data
+import grpo
+import model as M
+import sft
+
+# ------------------------------------------------------------------------------------------------------------- advantages
+
+
+def test_one_correct_of_eight_stands_out_more_when_divided_by_the_std():
+    rewards = torch.tensor([[2.0] + [1.0] * 7])
+    mean, std = 9 / 8, math.sqrt(((7 / 8) ** 2 + 7 * (1 / 8) ** 2) / 7)
+    divided, plain = grpo.group_advantages(rewards), grpo.group_advantages(rewards, scale_by_std=False)
+    assert divided[0, 0].item() == pytest.approx((2 - mean) / (std + 1e-4), rel=1e-6)
+    assert [round(x, 2) for x in divided[0, :2].tolist()] == [2.47, -0.35]
+    assert [round(x, 3) for x in plain[0, :2].tolist()] == [0.875, -0.125]
+
+
+def test_each_group_is_compared_with_itself_alone():
+    rewards = torch.tensor([[0.0, 1.0, 2.0], [5.0, 5.0, 8.0]])
+    expected = [[-1 / 1.0001, 0.0, 1 / 1.0001], [-1 / (math.sqrt(3) + 1e-4), -1 / (math.sqrt(3) + 1e-4), 2 / (math.sqrt(3) + 1e-4)]]
+    assert torch.allclose(grpo.group_advantages(rewards), torch.tensor(expected), atol=1e-6)
+
+
+@pytest.mark.parametrize("scale_by_std", [True, False])
+@pytest.mark.parametrize("group_size", [1, 2, 3, 7, 8])
+def test_equal_rewards_have_advantages_of_exactly_zero(group_size, scale_by_std):
+    """Also where the fp32 mean is not the number itself and eps is small enough to blow the residue up."""
+    rewards = torch.tensor([0.1, 0.7, 1 / 3, 2.0, 0.0])[:, None].expand(-1, group_size).contiguous()
+    assert grpo.group_advantages(rewards, scale_by_std, eps=1e-12).tolist() == [[0.0] * group_size] * 5
+
+
+def test_the_residue_of_equal_rewards_exists_and_would_be_blown_up():
+    rewards = torch.full((1, 7), 0.1)
+    residue = (rewards - rewards.mean(1, keepdim=True)) / (rewards.std(1, keepdim=True) + 1e-12)
+    assert residue.abs().max() > 0.1, "then the test above tests nothing"
+
+
+@pytest.mark.parametrize("scale_by_std", [True, False])
+def test_advantages_of_a_group_sum_to_zero(scale_by_std):
+    rewards = torch.randn(50, 8, generator=torch.Generator().manual_seed(0))
+    assert grpo.group_advantages(rewards, scale_by_std).sum(1).abs().max() < 1e-5
+
+
+def test_a_group_of_two_gets_plus_and_minus_one_over_root_two():
+    advantages = grpo.group_advantages(torch.tensor([[3.0, 1.0], [0.0, 100.0]]), eps=0.0)
+    assert torch.allclose(advantages, torch.tensor([[1.0, -1.0], [-1.0, 1.0]]) / math.sqrt(2))
+
+
+# --------------------------------------------------------------------------------------------------------------------- KL
+
+
+@pytest.fixture
+def categorical():
+    """theta with log pi = log softmax(theta), and a fixed log pi_ref, far enough apart that the two directions of KL differ."""
+    theta = torch.tensor([2.0, 0.5, 0.0, -1.0], dtype=torch.float64, requires_grad=True)
+    return theta, torch.tensor([0.4, 0.3, 0.2, 0.1], dtype=torch.float64).log()
+
+
+def exact_kl(log_p, log_q):
+    return (log_p.exp() * (log_p - log_q)).sum()
+
+
+@pytest.mark.parametrize("kind", ["k1", "k3"])
+def test_the_expected_estimate_is_the_exact_kl_and_not_its_flip(categorical, kind):
+    theta, log_ref = categorical
+    log_pi = theta.detach().log_softmax(0)
+    expected = sum(p * k for p, k in zip(log_pi.exp().tolist(), grpo.kl_estimate(log_pi, log_ref, kind).tolist()))
+    forward, flipped = exact_kl(log_pi, log_ref).item(), exact_kl(log_ref, log_pi).item()
+    assert expected == pytest.approx(forward, rel=1e-12)
+    assert expected != pytest.approx(flipped, rel=0.05)
+
+
+def test_estimates_of_one_token_by_hand():
+    logprobs, ref = torch.tensor([-1.0, -3.0]), torch.tensor([-1.5, -1.0])  # d = -0.5 and 2
+    assert torch.allclose(grpo.kl_estimate(logprobs, ref, "k1"), torch.tensor([0.5, -2.0]))
+    assert torch.allclose(grpo.kl_estimate(logprobs, ref, "k2"), torch.tensor([0.125, 2.0]))
+    assert torch.allclose(grpo.kl_estimate(logprobs, ref, "k3"), torch.tensor([math.exp(-0.5) - 0.5, math.exp(2) - 3]))
+    assert torch.equal(grpo.kl_estimate(logprobs, ref), grpo.kl_estimate(logprobs, ref, "k3"))
+
+
+@pytest.mark.parametrize("kind", ["k1", "k2", "k3"])
+def test_expected_gradient_of_the_estimate_as_a_loss(categorical, kind):
+    """k1 pushes nowhere, k2 down KL(pi || ref), k3 down KL(ref || pi): the value and the gradient are different estimates."""
+    theta, log_ref = categorical
+    log_pi = theta.log_softmax(0)
+    sampled = log_pi.exp().detach()  # on-policy: tokens come from pi, and sampling passes no gradient
+    (gradient,) = torch.autograd.grad((sampled * grpo.kl_estimate(log_pi, log_ref, kind)).sum(), theta, retain_graph=True)
+    exact = {"k1": 0 * theta.sum(), "k2": exact_kl(log_pi, log_ref), "k3": exact_kl(log_ref, log_pi)}
+    (wanted,) = torch.autograd.grad(exact[kind], theta)
+    assert torch.allclose(gradient, wanted, atol=1e-12)
+
+
+def test_an_unknown_estimator_is_refused():
+    with pytest.raises(ValueError, match="k4"):
+        grpo.kl_estimate(torch.zeros(1), torch.zeros(1), "k4")
+
+
+# ------------------------------------------------------------------------------------- the loss, against loops over floats
+
+
+def random_case(seed: int, rows: int = 4, width: int = 7):
+    """Ragged completions whose ratios fall on both sides of the clip for both signs of the advantage."""
+    generator = torch.Generator().manual_seed(seed)
+    draw = lambda *shape: torch.randn(*shape, dtype=torch.float64, generator=generator)
+    old = -draw(rows, width).abs() - 0.1
+    lengths = torch.randint(1, width + 1, (rows,), generator=generator)
+    lengths[seed % rows] = width
+    return {"logprobs": old + 0.4 * draw(rows, width), "old_logprobs": old, "ref_logprobs": old + 0.5 * draw(rows, width), "advantages": draw(rows),
+            "completion_mask": torch.arange(width) < lengths[:, None]}
+
+
+def loss_by_loops(case, clip_low=0.2, clip_high=0.2, beta=0.04, kl="k3", normalise="rollout", rollouts=None, tokens=None, max_length=None):
+    """(loss, d loss / d logprobs, clip share, ratio, kl) one token at a time, with the derivative written out by hand."""
+    lp, old, ref = (case[name].tolist() for name in ("logprobs", "old_logprobs", "ref_logprobs"))
+    mask, advantages = case["completion_mask"].tolist(), case["advantages"].tolist()
+    tokens = tokens or sum(map(sum, mask))
+    rollouts = rollouts or len(mask)
+    loss, gradient, clipped, ratios, kls = 0.0, [[0.0] * len(row) for row in mask], 0, 0.0, 0.0
+    for b, A in enumerate(advantages):
+        weight = {"rollout": 1 / (rollouts * sum(mask[b])), "token": 1 / tokens, "constant": 1 / (rollouts * (max_length or len(mask[b])))}[normalise]
+        for t in range(sum(mask[b])):
+            ratio, d = math.exp(lp[b][t] - old[b][t]), ref[b][t] - lp[b][t]
+            stopped = ratio > 1 + clip_high if A > 0 else ratio < 1 - clip_low
+            objective = (1 + clip_high if A > 0 else 1 - clip_low) * A if stopped else ratio * A
+            penalty, slope = {"k1": (-d, 1.0), "k2": (d * d / 2, -d), "k3": (math.exp(d) - d - 1, 1 - math.exp(d))}[kl]
+            loss += weight * (beta * penalty - objective)
+            gradient[b][t] = weight * (beta * slope - (0.0 if stopped else ratio * A))
+            clipped, ratios, kls = clipped + stopped, ratios + ratio, kls + penalty
+    return loss, gradient, clipped / tokens, ratios / tokens, kls / tokens
+
+
+def loss_and_gradient(case, **options):
+    logprobs = case["logprobs"].clone().requires_grad_()
+    loss, metrics = grpo.grpo_loss(**case | {"logprobs": logprobs}, **options)
+    loss.backward()
+    return loss.item(), logprobs.grad, metrics
+
+
+VARIANTS = [{}, {"normalise": "token"}, {"normalise": "constant"}, {"normalise": "constant", "max_length": 50}, {"kl": "k1", "beta": 0.5},
+            {"kl": "k2", "beta": 0.5}, {"beta": 0.7}, {"clip_low": 0.1, "clip_high": 0.4}, {"clip_low": 0.5, "clip_high": 0.05, "normalise": "token"}]
+
+
+@pytest.mark.parametrize("options", VARIANTS, ids=str)
+def test_loss_gradient_and_metrics_equal_plain_loops(options):
+    clipped = 0.0
+    for seed in range(12):
+        case = random_case(seed)
+        loss, gradient, metrics = loss_and_gradient(case, **options)
+        wanted, wanted_gradient, clip_share, ratio, kl = loss_by_loops(case, **options)
+        assert loss == pytest.approx(wanted, rel=1e-10, abs=1e-12)
+        assert torch.allclose(gradient, torch.tensor(wanted_gradient, dtype=torch.float64), rtol=1e-10, atol=1e-14)
+        assert metrics == pytest.approx({"clip_share": clip_share, "ratio": ratio, "kl": kl}, rel=1e-6)
+        clipped += clip_share
+    assert clipped > 1, "cases that are hardly ever clipped show little"
+
+
+@pytest.mark.parametrize("ratio, advantage, moves", [
+    (1.5, 1.0, False),  # already likelier than the clip allows, and good: no further
+    (0.5, 1.0, True),  # good but became unlikely: back up
+    (1.5, -1.0, True),  # bad but became likelier: back down
+    (0.5, -1.0, False),  # bad and already unlikely: no further
+    (1.1, 1.0, True), (0.9, 1.0, True), (1.1, -1.0, True), (0.9, -1.0, True)])
+def test_the_clip_stops_only_what_has_gone_far_enough(ratio, advantage, moves):
+    case = {"logprobs": torch.tensor([[math.log(ratio)]]), "old_logprobs": torch.zeros(1, 1), "ref_logprobs": None, "advantages": torch.tensor([advantage]),
+            "completion_mask": torch.ones(1, 1)}
+    _, gradient, metrics = loss_and_gradient(case, beta=0)
+    assert gradient.item() == pytest.approx(-ratio * advantage if moves else 0.0)
+    assert metrics["clip_share"] == (not moves)
+
+
+@pytest.mark.parametrize("clip_low, clip_high, moves", [(0.2, 0.2, False), (0.2, 0.6, True), (0.6, 0.2, False)])
+def test_clip_low_and_clip_high_are_not_mistaken_for_each_other(clip_low, clip_high, moves):
+    case = {"logprobs": torch.tensor([[math.log(1.5)]]), "old_logprobs": torch.zeros(1, 1), "ref_logprobs": None, "advantages": torch.ones(1),
+            "completion_mask": torch.ones(1, 1)}
+    assert (loss_and_gradient(case, beta=0, clip_low=clip_low, clip_high=clip_high)[1].item() != 0) == moves
+
+
+def test_with_one_update_the_loss_is_zero_and_its_gradient_is_reinforce():
+    """rho = 1 for every token and the advantages of a group sum to 0. What moves is each token's log-probability, by its advantage."""
+    case = random_case(0, rows=8)
+    case["advantages"] = grpo.group_advantages(torch.tensor([[1.0, 0, 0, 2, 1, 0, 2, 2]], dtype=torch.float64))[0]
+    case["old_logprobs"] = case["logprobs"].clone()
+    loss, gradient, metrics = loss_and_gradient(case | {"ref_logprobs": None}, beta=0)
+    logprobs, mask = case["logprobs"].clone().requires_grad_(), case["completion_mask"]
+    reinforce = -sum(A * row[keep].mean() for A, row, keep in zip(case["advantages"], logprobs, mask)) / 8
+    reinforce.backward()
+    assert abs(loss) < 1e-12 and metrics["ratio"] == pytest.approx(1) and metrics["clip_share"] == 0
+    assert torch.allclose(gradient, logprobs.grad, atol=1e-14) and gradient.abs().max() > 0.01
+
+
+def test_the_three_normalisations_weigh_a_short_and_a_long_completion_as_they_say():
+    """Lengths 1 and 3 of at most 4, all ratios 1: the weight of a token is minus its gradient over its advantage."""
+    case = {"logprobs": torch.zeros(2, 4), "old_logprobs": torch.zeros(2, 4), "ref_logprobs": None, "advantages": torch.tensor([1.0, -1.0]),
+            "completion_mask": torch.tensor([[1, 0, 0, 0], [1, 1, 1, 0]])}
+    weights = lambda **options: (-loss_and_gradient(case, beta=0, **options)[1] * case["advantages"][:, None])[:, :3].flatten().tolist()
+    assert weights(normalise="rollout") == pytest.approx([1 / 2, 0, 0, 1 / 6, 1 / 6, 1 / 6])
+    assert weights(normalise="token") == pytest.approx([1 / 4, 0, 0, 1 / 4, 1 / 4, 1 / 4])
+    assert weights(normalise="constant") == pytest.approx([1 / 8, 0, 0, 1 / 8, 1 / 8, 1 / 8])
+    assert weights(normalise="constant", max_length=10) == pytest.approx([1 / 20, 0, 0, 1 / 20, 1 / 20, 1 / 20])
+
+
+@pytest.mark.parametrize("normalise", ["rollout", "token", "constant"])
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_micro_batches_add_up_to_the_update(normalise, size):
+    case = random_case(5, rows=8)
+    counts = {"rollouts": 8, "tokens": int(case["completion_mask"].sum()), "max_length": 7}
+    loss, gradient, metrics = loss_and_gradient(case, normalise=normalise)
+    parts = [loss_and_gradient({name: value[k : k + size] for name, value in case.items()}, normalise=normalise, **counts) for k in range(0, 8, size)]
+    assert sum(part[0] for part in parts) == pytest.approx(loss, rel=1e-10)
+    assert torch.allclose(torch.cat([part[1] for part in parts]), gradient, rtol=1e-10, atol=1e-14)
+    assert {name: sum(part[2][name] for part in parts) for name in metrics} == pytest.approx(metrics, rel=1e-6)
+
+
+@pytest.mark.parametrize("junk", [1e4, -1e4, float("inf"), float("-inf"), float("nan")])
+@pytest.mark.parametrize("tensor", ["logprobs", "old_logprobs", "ref_logprobs"])
+@pytest.mark.parametrize("normalise", ["rollout", "token", "constant"])
+def test_what_stands_after_the_end_of_a_completion_changes_nothing(tensor, junk, normalise):
+    case = random_case(1)
+    loss, gradient, metrics = loss_and_gradient(case, normalise=normalise)
+    spoilt = case | {tensor: case[tensor].masked_fill(~case["completion_mask"], junk)}
+    assert not torch.equal(spoilt[tensor], case[tensor])
+    spoilt_loss, spoilt_gradient, spoilt_metrics = loss_and_gradient(spoilt, normalise=normalise)
+    assert spoilt_loss == loss and torch.equal(spoilt_gradient, gradient) and spoilt_metrics == metrics
+    assert gradient[~case["completion_mask"]].eq(0).all()
+
+
+def test_beta_zero_needs_no_reference_and_is_the_loss_without_penalty():
+    case = random_case(2)
+    loss, gradient, metrics = loss_and_gradient(case | {"ref_logprobs": None}, beta=0)
+    wanted, wanted_gradient, *_ = loss_by_loops(case, beta=0)
+    assert loss == pytest.approx(wanted) and torch.allclose(gradient, torch.tensor(wanted_gradient, dtype=torch.float64))
+    assert metrics["kl"] == 0
+
+
+def test_equal_rewards_still_feel_the_kl():
+    case = random_case(3) | {"advantages": torch.zeros(4, dtype=torch.float64)}
+    assert loss_and_gradient(case)[1].abs().max() > 0
+    assert loss_and_gradient(case, beta=0)[1].abs().max() == 0
+
+
+def test_an_unknown_normalisation_is_refused():
+    with pytest.raises(ValueError, match="sequence"):
+        grpo.grpo_loss(**random_case(0), normalise="sequence")
+
+
+# ---------------------------------------------------------------------------------------------------------------- rewards
+
+PAIR = data.Sample("1", "image_generation", label=1)
+GOOD = ("<think>1. Aesthetics: Image 1: clean (9/10). Image 2: heavy noise (4/10).\nTotal score: Image 1: 9=9. Image 2: 4=4.</think>\n"
+        "<answer>Image 1 is better</answer>")
+
+
+@pytest.mark.parametrize("text, mode, rewards", [
+    (GOOD, "think", (1, 1, 1)),
+    (GOOD + " So it is.", "think", (0, 1, 1)),  # a readable verdict in a malformed text is still right
+    ("Well: " + GOOD, "think", (0, 1, 1)),
+    (GOOD.replace("Image 1 is better", "Image 2 is better"), "think", (1, 0, 0)),
+    (GOOD.replace("9=9", "9=8"), "think", (1, 1, 0)),
+    (GOOD.replace("Image 1 is better", "the first"), "think", (1, 0, 0)),
+    ("<think>I like the first.</think><answer>Image 1 is better</answer>", "think", (1, 1, 0)),
+    ("<answer>Image 1 is better</answer>", "think", (0, 1, 0)),
+    ("<answer>Image 1 is better</answer>", "answer", (1, 1, 0)),
+    ("<answer>Image 2 is better</answer>", "answer", (1, 0, 0)),
+    ("<answer>Image 1 is better</answer>.", "answer", (0, 1, 0)),
+    (GOOD, "answer", (0, 1, 1)),
+    ("Image 1 is better", "answer", (0, 0, 0)),
+    ("", "think", (0, 0, 0)),
+])
+def test_format_accuracy_and_consistency_are_rewarded_apart(text, mode, rewards):
+    assert grpo.rewards_of(text, PAIR, mode) == dict(zip(("format", "accuracy", "consistency"), rewards))
+
+
+def test_an_unreadable_verdict_is_never_right_even_where_the_label_is_unknown():
+    assert grpo.rewards_of("no verdict at all", data.Sample("1", "image_generation", label=None), "think")["accuracy"] == 0
+
+
+# --------------------------------------------------------------------------------------------------- one update of a model
+
+
+def own_settings(**changes):
+    defaults = dict(group_size=4, max_new_tokens=12, micro_prompts=2, mode="think", beta=0.04, freeze_vision=False, max_grad_norm=1e9)
+    return config.GRPO(**defaults | changes)
+
+
+@pytest.fixture(scope="module")
+def rolled(tiny, prompts):
+    """Four prompts, four completions each, and rewards without meaning."""
+    model, processor = tiny
+    made = M.generate(model, processor, prompts[:4], 4, 12, generator=torch.Generator().manual_seed(0))
+    rewards = torch.randint(0, 3, (4, 4), generator=torch.Generator().manual_seed(2)).float()
+    return prompts[:4], made, grpo.group_advantages(rewards)
+
+
+def one_update(tiny, rolled, lr=0.05, **changes):
+    """(model after one update, metrics). Plain SGD shows the size of the gradient, which Adam hides."""
+    model, (prompts, made, advantages) = copy.deepcopy(tiny[0]), rolled
+    reference = made.logprobs + 0.1
+    return model, grpo.update(model, tiny[1], torch.optim.SGD(model.parameters(), lr=lr), prompts, made, advantages, reference, own_settings(**changes))
+
+
+def distance(one, other) -> float:
+    return math.sqrt(sum((p - q).square().sum().item() for p, q in zip(one.parameters(), other.parameters())))
+
+
+@pytest.mark.parametrize("normalise", ["rollout", "token", "constant"])
+def test_the_micro_batch_size_changes_neither_the_update_nor_its_metrics(tiny, rolled, normalise):
+    whole, metrics = one_update(tiny, rolled, normalise=normalise, micro_prompts=4)
+    step = distance(whole, tiny[0])
+    assert step > 1e-3
+    for size in (1, 2, 3):
+        model, same = one_update(tiny, rolled, normalise=normalise, micro_prompts=size)
+        assert distance(whole, model) < 1e-4 * step and same == pytest.approx(metrics, rel=1e-4, abs=1e-6)
+
+
+def test_an_update_is_one_step_of_reinforce(tiny, rolled):
+    """Against the textbook: the gradient of - mean over completions of advantage times mean log-probability, each row run in full."""
+    prompts, made, advantages = rolled
+    textbook = copy.deepcopy(tiny[0])
+    logprobs = M.completion_logprobs(textbook, tiny[1], prompts, made.ids, made.lengths, share_prompt=False)
+    (-(logprobs.sum(1) / made.lengths * advantages.flatten()).mean()).backward()
+    with torch.no_grad():
+        for parameter in textbook.parameters():
+            parameter -= 0.05 * parameter.grad
+    model, metrics = one_update(tiny, rolled, beta=0.0)
+    assert distance(model, textbook) < 1e-4 * distance(model, tiny[0])
+    assert metrics["loss"] == pytest.approx(0, abs=1e-6) and metrics["grad_norm"] == pytest.approx(distance(model, tiny[0]) / 0.05, rel=1e-3)
+
+
+def test_the_gradient_is_scaled_down_to_max_grad_norm(tiny, rolled):
+    model, metrics = one_update(tiny, rolled, max_grad_norm=0.01)
+    assert metrics["grad_norm"] > 0.02 and distance(model, tiny[0]) == pytest.approx(0.05 * 0.01, rel=1e-3)
+
+
+def test_groups_of_equal_rewards_leave_the_model_where_it_is(tiny, rolled):
+    prompts, made, _ = rolled
+    model, metrics = one_update(tiny, (prompts, made, torch.zeros(4, 4)), beta=0.0)
+    assert metrics["grad_norm"] == 0 and all(torch.equal(p, q) for p, q in zip(model.parameters(), tiny[0].parameters()))
+
+
+def test_a_second_update_on_the_same_rollout_is_measured_from_the_policy_that_sampled(tiny, rolled):
+    """With updates_per_rollout above 1 the ratio is pi / pi_old; shifting the recorded log-probabilities must show in it."""
+    prompts, made, advantages = rolled
+    shifted = M.Completions(made.ids, made.lengths, made.logprobs - math.log(1.3), made.truncated)
+    _, first = one_update(tiny, (prompts, shifted, advantages), updates_per_rollout=1)
+    _, later = one_update(tiny, (prompts, shifted, advantages), updates_per_rollout=2)
+    assert first["ratio"] == pytest.approx(1) and first["clip_share"] == 0
+    assert later["ratio"] == pytest.approx(1.3, rel=1e-3) and later["clip_share"] > 0
+
+
+def test_an_update_scores_at_the_temperature_that_was_sampled_at(tiny, rolled):
+    prompts, _, advantages = rolled
+    cool = M.generate(*tiny, prompts, 4, 12, 0.6, generator=torch.Generator().manual_seed(0))
+    ratio = lambda temperature: one_update(tiny, (prompts, cool, advantages), temperature=temperature, updates_per_rollout=2)[1]["ratio"]
+    assert ratio(0.6) == pytest.approx(1, abs=1e-5) and ratio(1.0) != pytest.approx(1, abs=0.01)
+
+
+def test_a_rollout_keeps_completions_and_rewards_of_a_prompt_together(tiny, samples, tmp_path):
+    """A model that was taught the right verdict on every other prompt earns the accuracy reward there, and only there."""
+    model, chosen = copy.deepcopy(tiny[0]), samples[::2]
+    taught = [(s if k % 2 else s.swapped()).label for k, s in enumerate(chosen)]
+    examples = [(data.build_prompt(s, "answer"), f"<answer>{data.verdict_string(s.task, label)}</answer>") for s, label in zip(chosen, taught)]
+    sft.train(model, tiny[1], examples, config.SFT(lr=1e-2, epochs=60, batch_size=6, freeze_vision=False), tmp_path, "seed", "test")
+    prompts = [M.encode(tiny[1], model, parts) for parts, _ in examples]
+    made, texts, rewards = grpo.rollout(model, tiny[1], chosen, own_settings(group_size=3, max_new_tokens=20, mode="answer", temperature=0.0), prompts)
+    assert texts == [examples[p][1] for p in range(6) for _ in range(3)]
+    assert rewards["accuracy"].tolist() == [[0.0] * 3, [1.0] * 3] * 3 and rewards["format"].tolist() == [[1.0] * 3] * 6
+
+
+def test_a_thinking_completion_is_judged_with_the_tag_its_prompt_opened(tiny, prompts, samples):
+    _, texts, _ = grpo.rollout(*tiny, samples[:2], own_settings(group_size=2, max_new_tokens=4, temperature=0.0), prompts[:2])
+    assert len(texts) == 4 and all(text.startswith("<think>") and text.count("<think>") == 1 for text in texts)
