@@ -80,9 +80,10 @@ class SFT:
 class Base(SFT):
     rebuild: bool = setting(False, "train the base anew in runs/NAME/base instead of starting from model.path")
     scenes: int = setting(8000, "pairs drawn for practice")
-    rows_per_scene: int = setting(6, "exercises written on each of them")
-    naming: int = setting(6000, "single pictures named first, before the mixture")
-    naming_epochs: float = setting(2.0, "passes over the naming examples")
+    rows_per_scene: int = setting(5, "exercises written on each of them")
+    naming: int = setting(6000, "exercises in naming what one picture shows; they come first")
+    checking: int = setting(20000, "exercises in checking whether a picture shows something; they come second")
+    simple_epochs: float = setting(2.0, "passes over those two")
     freeze_vision: bool = setting(False, "the base is where seeing is learnt")
 
 
@@ -242,15 +243,39 @@ def do_stage(stage: str, settings: Settings, out: Path, command: str) -> None:
     print(f"\n== {stage}: python {script}.py {command} --stage {stage}", flush=True)
     started = time.time()
     folder = out / stage
-    if folder.exists() and stage != "evaluate":  # evaluate keeps its judgements and knows which of them are still valid
+    if is_main() and folder.exists() and stage != "evaluate":  # evaluate keeps its judgements and knows which of them are still valid
         shutil.rmtree(folder)
+    wait_for_all()
     folder.mkdir(parents=True, exist_ok=True)
     seed_everything(settings, stage)
     made = importlib.import_module(script).run(stage, settings, folder)
     resolved = {section: dataclasses.asdict(getattr(settings, section)) for section in ["run", *sections]}
     done = {"fingerprint": fingerprint(stage, settings), "made": made, "seconds": round(time.time() - started, 1), "settings": resolved}
     write_text(folder / "done.json", json.dumps(done, indent=1))
+    wait_for_all()
     print(f"   {made} ({done['seconds']:.0f} s) -> {folder}", flush=True)
+
+
+def is_main() -> bool:
+    """Under torchrun only the first process writes files and prints."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def join_processes() -> None:
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        import torch
+
+        torch.distributed.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+        if not is_main():
+            sys.stdout = open(os.devnull, "w")
+
+
+def wait_for_all() -> None:
+    """What one process has written is there for all from here on."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        import torch
+
+        torch.distributed.barrier()
 
 
 def seed_everything(settings: Settings, stage: str) -> None:
@@ -298,6 +323,7 @@ def main(default_stage: str) -> None:
             return print(help_text(__main__.__doc__))
         if "config" not in options:
             raise UserError("say which settings: --config small (or a path to a .toml file); --help lists everything")
+        join_processes()
         stage = options.get("stage", default_stage)
         script = STAGES[default_stage][0]
         allowed = [name for name, entry in STAGES.items() if entry[0] == script]
@@ -327,13 +353,17 @@ def main(default_stage: str) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Whole or not at all."""
+    """Whole or not at all, and by one process."""
+    if not is_main():
+        return
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text(text, encoding="utf-8")
     temporary.replace(path)
 
 
 def log(folder: Path, row: dict, file: str = "metrics.jsonl") -> None:
+    if not is_main():
+        return
     with open(folder / file, "a", encoding="utf-8") as stream:
         stream.write(json.dumps(row, ensure_ascii=False) + "\n")
 

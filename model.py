@@ -80,6 +80,8 @@ def load(path: str, dtype: torch.dtype | None = None) -> tuple:
 
 def save(model, processor: Processor, folder: Path, dtype: torch.dtype | None = None) -> None:
     """An ordinary Hugging Face folder. `dtype`: precision of the written weights only."""
+    if not config.is_main():
+        return
     state = {name: value.to(dtype or value.dtype) for name, value in model.state_dict().items()}
     model.save_pretrained(folder, state_dict=state)
     processor.tokenizer.save_pretrained(folder)

@@ -31,6 +31,7 @@ import random
 import numpy as np
 from PIL import Image, ImageDraw
 
+import config
 from data import (DIMENSIONS, STEPS, THINK, Sample, build_prompt, candidate_noun, is_generation, is_video, media_parts, sample_row,
                   steps_text, to_text, verdict_string, write_items, write_jsonl, write_totals)
 
@@ -266,7 +267,7 @@ def write_split(folder, split: str, plan: list, pool: list, rng: random.Random) 
         sample.id = f"{split}-{number:05d}"
         for k, scene in enumerate(scenes):
             files = [f"media/{sample.id}-{k}{f'-{t}' if 'moves' in scene else ''}.png" for t in range(FRAMES if "moves" in scene else 1)]
-            for file, image in zip(files, draw_scene(scene)):
+            for file, image in zip(files, draw_scene(scene) if config.is_main() else []):
                 image.save(folder / file)
             sample.media.append(files if "moves" in scene else files[0])
         made.append((sample, scenes))
@@ -279,7 +280,7 @@ def write_split(folder, split: str, plan: list, pool: list, rng: random.Random) 
 # the bare verdict, on all four tasks. Each exercise is a contiguous piece of check, score, total, decide; none is the whole on any
 # pair. Dimensions come in any order and number, so that reading them from the prompt is the only way to be right.
 
-PRACTICE = {"name": 2, "check": 4, "rate": 5, "compare": 5, "total": 2, "decide": 1, "total_decide": 2, "tagged": 2, "direct": 5}
+PRACTICE = {"name": 1, "check": 3, "rate": 5, "compare": 5, "total": 1, "decide": 2, "total_decide": 2, "tagged": 2, "direct": 5}
 
 
 def practice(rng: random.Random, kind: str, sample: Sample, scenes: list) -> tuple:
@@ -296,9 +297,15 @@ def practice(rng: random.Random, kind: str, sample: Sample, scenes: list) -> tup
     if kind == "name":
         return [show, text(rng.choice(["Name the shapes.", "What is shown?"]))], named
     if kind == "check":
-        k = rng.randrange(2)
-        facts = sample.reasons[DIMENSIONS[task][0]][k].split(", ")
-        show = {"type": medium, medium: sample.media[k % len(sample.media)]}
+        wanted = []
+        for _ in range(rng.choice([2, 3, 4])):  # half of them shown; of the others some are easy to tell apart, some hard
+            draw = rng.random()
+            wanted.append(rng.choice(scene["items"]) if draw < 0.5 else change(rng, rng.choice(scene["items"]), SEEN, scene["items"]) if draw < 0.75 else
+                          rng.choice([item for item in SEEN if item not in scene["items"]]))
+        facts = checks(list(dict.fromkeys(wanted)), scene["items"])
+        if "moves" in scene:
+            asked = scene["moves"] if rng.random() < 0.5 else rng.choice(list(DIRECTIONS))
+            facts.append(f"moves {asked} {'yes' if asked == scene['moves'] else 'no'}")
         return [show, text("Check: " + ", ".join(fact.rsplit(" ", 1)[0] for fact in facts) + ".")], ", ".join(facts)
     if kind == "rate":
         k = rng.randrange(2)
@@ -334,22 +341,21 @@ def practice(rng: random.Random, kind: str, sample: Sample, scenes: list) -> tup
     return build_prompt(sample, "answer", allow_tie=allow_tie), f"<answer>{verdict_string(task, sample.label)}</answer>"
 
 
-def write_practice(folder, pairs: int, naming: int, rows_per_pair: int, rng: random.Random) -> None:
-    """Practice of the base: folder/naming.jsonl (one picture, what it shows) and folder/practice.jsonl (a mixture of all exercises),
-    in the official SFT schema. One pair in ten is a tie, which only the direct mode of generation can say."""
+def write_practice(folder, pairs: int, rows_per_pair: int, naming: int, checking: int, rng: random.Random) -> None:
+    """Practice of the base in the official SFT schema: folder/naming.jsonl and folder/checking.jsonl (what single pictures show) and
+    folder/practice.jsonl (a mixture of all exercises). One generation pair in five is a tie, which only the direct mode can say."""
     tasks = list(DIMENSIONS)
-    plan = [(tasks[k % 4], is_generation(tasks[k % 4]) and k % 40 < 4) for k in range(pairs)]
-    made = write_split(folder, "pairs", plan, SEEN, rng)
+    made = write_split(folder, "pairs", [(tasks[k % 4], is_generation(tasks[k % 4]) and k % 40 < 8) for k in range(pairs)], SEEN, rng)
     rows = []
     for sample, scenes in made:
         kinds = rng.choices(list(PRACTICE), list(PRACTICE.values()), k=rows_per_pair)
-        if sample.label == 0:  # only the direct mode can say so, and only when asked
+        if sample.label == 0:
             parts = build_prompt(sample, "answer", allow_tie=True)
             rows.append(("direct", parts, f"<answer>{verdict_string(sample.task, 0)}</answer>"))
             kinds = [kind for kind in kinds if kind != "direct"]
         rows += [(kind, *practice(rng, kind, sample, scenes)) for kind in kinds]
     pictures = [(sample, scenes) for sample, scenes in made if not is_video(sample.task)]
-    singles = [("name", *practice(rng, "name", *rng.choice(pictures))) for _ in range(naming)]
-    for file, written in (("naming", singles), ("practice", rows)):
+    simple = {kind: [(kind, *practice(rng, kind, *rng.choice(pictures))) for _ in range(count)] for kind, count in (("name", naming), ("check", checking))}
+    for file, written in (("naming", simple["name"]), ("checking", simple["check"]), ("practice", rows)):
         write_jsonl(folder / f"{file}.jsonl", ({"kind": kind, "conversations": [{"from": "human", "value": text}, {"from": "gpt", "value": response}], "images": files}
                                                for kind, (text, files), response in ((kind, to_text(parts), response) for kind, parts, response in written)))

@@ -401,6 +401,14 @@ def test_official_rows_are_read_without_our_keys(tmp_path, task, verdict, count,
         assert said == response and words(parts) == words(prompt)
 
 
+@pytest.mark.parametrize("task", GENERATION)
+def test_an_official_tie_is_read_as_a_tie(tmp_path, task):
+    noun = data.candidate_noun(task).lower()
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"problem": "?", "solution": f"<answer>Both {noun}s are equally good</answer>", "images": ["a.png", "b.png"]}))
+    (sample,) = data.read_samples(tmp_path / "rows.jsonl")
+    assert (sample.task, sample.label) == (task, 0)
+
+
 def test_an_official_row_can_be_written_again_and_keeps_its_question(tmp_path):
     """Stage 2 writes what it read into wrong.jsonl, and stage 3 reads that."""
     row = {"problem": "<image><image>A cat. Which is better?", "solution": "<answer>Image 1 is better</answer>", "images": ["a.png", "b.png"]}

@@ -439,6 +439,10 @@ def test_micro_batches_hold_every_example_once_and_no_more_tokens_than_allowed(l
     assert all(padded(piece + following[:1]) > limit for piece, following in zip(pieces, pieces[1:])), "none is smaller than it has to be"
 
 
+def test_a_process_that_is_dealt_no_example_has_no_micro_batch():
+    assert sft.micro_batches([], 100) == []
+
+
 @pytest.mark.parametrize("max_grad_norm", [1e9, 0.1])
 def test_the_micro_batch_size_does_not_change_the_step(tiny, examples, tmp_path, max_grad_norm):
     encoded = sorted((sft.encode_example(tiny[1], tiny[0], example) for example in examples), key=lambda e: len(e["ids"]))
