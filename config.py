@@ -81,9 +81,8 @@ class Base(SFT):
     rebuild: bool = setting(False, "train the base anew in runs/NAME/base instead of starting from model.path")
     scenes: int = setting(8000, "pairs drawn for practice")
     rows_per_scene: int = setting(5, "exercises written on each of them")
-    naming: int = setting(6000, "exercises in naming what one picture shows; they come first")
-    checking: int = setting(20000, "exercises in checking whether a picture shows something; they come second")
-    simple_epochs: float = setting(2.0, "passes over those two")
+    simple: int = setting(12000, "exercises in each single skill (naming, checking, looking), which come first")
+    simple_epochs: float = setting(1.0, "passes over those")
     freeze_vision: bool = setting(False, "the base is where seeing is learnt")
 
 

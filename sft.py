@@ -127,33 +127,33 @@ def all_text(example: tuple) -> str:
 
 
 def build_base(settings: config.Settings, folder: Path) -> str:
-    """Draws the practice, trains the tokenizer on it, then the model: naming first, then checking, then everything. Told apart, they are
-    learnt in minutes; from the mixture alone, checking was still at chance after twenty."""
+    """Draws the practice, trains the tokenizer on it, then the model: single skills one after the other, then the mixture. Told apart,
+    skills are learnt in minutes each; from the mixture alone, checking was still at chance after twenty."""
     import shapes
 
     base = settings.base
-    shapes.write_practice(folder, base.scenes, base.rows_per_scene, base.naming, base.checking, random.Random(f"{settings.run.seed}/base"))
+    shapes.write_practice(folder, base.scenes, base.rows_per_scene, base.simple, random.Random(f"{settings.run.seed}/base"))
     config.wait_for_all()
-    naming, checking, practice = (data.read_conversations(folder / f"{file}.jsonl") for file in ("naming", "checking", "practice"))
+    practice = data.read_conversations(folder / "practice.jsonl")
     tokenizer = M.train_tokenizer([all_text(example) for example in practice], settings.model.vocab_size)
     model, processor = M.build_small(settings.model, tokenizer)
     simple = config.dataclasses.replace(base, epochs=base.simple_epochs)
-    train(model, processor, naming, simple, folder, "naming", "base: naming")
-    train(model, processor, checking + naming[: len(naming) // 2], simple, folder, "checking", "base: checking")
+    for skill in ("naming", "checking", "looking"):
+        train(model, processor, data.read_conversations(folder / f"{skill}.jsonl"), simple, folder, skill, f"base: {skill}")
     train(model, processor, practice, base, folder, "practice", "base: practice")
     M.save(model, processor, folder, torch.float16)
     config.wait_for_all()
     parameters = sum(p.numel() for p in model.parameters())
     figures = {"parameters": parameters, "practice_loss": mean_loss(M.load(str(folder))[0], processor, practice[:256])}
     config.write_text(folder / "figures.json", json.dumps(figures))
-    return f"{parameters / 1e6:.2f}M parameters, {len(naming) + len(checking) + len(practice)} exercises"
+    return f"{parameters / 1e6:.2f}M parameters, {4 * base.simple + len(practice)} exercises"
 
 
 def practice_examples(settings: config.Settings, folder: Path, count: int) -> list:
     """`count` of the base's exercises, drawn afresh: a shipped base does not bring its practice along."""
     import shapes
 
-    shapes.write_practice(folder / "replay", -(-count // 4), 4, 0, 0, random.Random(f"{settings.run.seed}/{folder.name}/replay"))
+    shapes.write_practice(folder / "replay", -(-count // 4), 4, 0, random.Random(f"{settings.run.seed}/{folder.name}/replay"))
     config.wait_for_all()
     return data.read_conversations(folder / "replay" / "practice.jsonl")[:count]
 

@@ -75,7 +75,7 @@ def draw_shape(draw: ImageDraw.ImageDraw, item: tuple, x: float, y: float, radiu
         draw.rectangle((x - arm, y - radius, x + arm, y + radius), fill=color)
         draw.rectangle((x - radius, y - arm, x + radius, y + arm), fill=color)
     if broken:
-        draw.line((x - radius, y + radius * 0.6, x + radius, y - radius * 0.6), fill=(240, 240, 236), width=3)
+        draw.line((x - radius, y + radius * 0.6, x + radius, y - radius * 0.6), fill=(240, 240, 236), width=4)
 
 
 def draw_scene(scene: dict) -> list:
@@ -97,7 +97,7 @@ def draw_scene(scene: dict) -> list:
         pixels = np.asarray(image, dtype=np.float32)
         if scene["glance"] == "flicker" and step % 2 == 1:
             pixels = pixels * 0.7
-        noise = {"light noise": 14, "heavy noise": 40}.get(scene["glance"], 0)
+        noise = {"light noise": 18, "heavy noise": 45}.get(scene["glance"], 0)
         pixels = pixels + rng.normal(0, noise, pixels.shape) if noise else pixels
         frames.append(Image.fromarray(pixels.clip(0, 255).astype(np.uint8)))
     return frames
@@ -280,7 +280,7 @@ def write_split(folder, split: str, plan: list, pool: list, rng: random.Random) 
 # the bare verdict, on all four tasks. Each exercise is a contiguous piece of check, score, total, decide; none is the whole on any
 # pair. Dimensions come in any order and number, so that reading them from the prompt is the only way to be right.
 
-PRACTICE = {"name": 1, "check": 3, "rate": 5, "compare": 5, "total": 1, "decide": 2, "total_decide": 2, "tagged": 2, "direct": 5}
+PRACTICE = {"name": 1, "check": 2, "look": 2, "rate": 4, "compare": 6, "total": 1, "decide": 2, "total_decide": 2, "tagged": 2, "direct": 5}
 
 
 def practice(rng: random.Random, kind: str, sample: Sample, scenes: list) -> tuple:
@@ -307,6 +307,11 @@ def practice(rng: random.Random, kind: str, sample: Sample, scenes: list) -> tup
             asked = scene["moves"] if rng.random() < 0.5 else rng.choice(list(DIRECTIONS))
             facts.append(f"moves {asked} {'yes' if asked == scene['moves'] else 'no'}")
         return [show, text("Check: " + ", ".join(fact.rsplit(" ", 1)[0] for fact in facts) + ".")], ", ".join(facts)
+    if kind == "look":  # what is seen at a glance
+        if is_generation(task) and rng.random() < 0.75:
+            d = rng.choice(DIMENSIONS[task][1:])
+            return [text(f"{noun}: "), show, text(f"\nRate {noun} on {d}. Steps: check, score.")], write_items(noun, {d: [sample.reasons[d][k]]}, {d: [sample.scores[d][k]]})
+        return [show, text("Which way does it move?" if is_video(task) else "How many shapes?")], f"is {scene['moves'] if is_video(task) else len(order)}"
     if kind == "rate":
         k = rng.randrange(2)
         show = {"type": medium, medium: sample.media[k % len(sample.media)]}
@@ -341,9 +346,10 @@ def practice(rng: random.Random, kind: str, sample: Sample, scenes: list) -> tup
     return build_prompt(sample, "answer", allow_tie=allow_tie), f"<answer>{verdict_string(task, sample.label)}</answer>"
 
 
-def write_practice(folder, pairs: int, rows_per_pair: int, naming: int, checking: int, rng: random.Random) -> None:
-    """Practice of the base in the official SFT schema: folder/naming.jsonl and folder/checking.jsonl (what single pictures show) and
-    folder/practice.jsonl (a mixture of all exercises). One generation pair in five is a tie, which only the direct mode can say."""
+def write_practice(folder, pairs: int, rows_per_pair: int, simple: int, rng: random.Random) -> None:
+    """Practice of the base in the official SFT schema. First single skills, `simple` exercises each: folder/naming.jsonl,
+    checking.jsonl (what a picture shows; twice as many), looking.jsonl (what is seen at a glance, clips included); then practice.jsonl, a mixture of
+    all exercises. One generation pair in five is a tie, which only the direct mode can say."""
     tasks = list(DIMENSIONS)
     made = write_split(folder, "pairs", [(tasks[k % 4], is_generation(tasks[k % 4]) and k % 40 < 8) for k in range(pairs)], SEEN, rng)
     rows = []
@@ -354,8 +360,10 @@ def write_practice(folder, pairs: int, rows_per_pair: int, naming: int, checking
             rows.append(("direct", parts, f"<answer>{verdict_string(sample.task, 0)}</answer>"))
             kinds = [kind for kind in kinds if kind != "direct"]
         rows += [(kind, *practice(rng, kind, sample, scenes)) for kind in kinds]
-    pictures = [(sample, scenes) for sample, scenes in made if not is_video(sample.task)]
-    simple = {kind: [(kind, *practice(rng, kind, *rng.choice(pictures))) for _ in range(count)] for kind, count in (("name", naming), ("check", checking))}
-    for file, written in (("naming", simple["name"]), ("checking", simple["check"]), ("practice", rows)):
-        write_jsonl(folder / f"{file}.jsonl", ({"kind": kind, "conversations": [{"from": "human", "value": text}, {"from": "gpt", "value": response}], "images": files}
-                                               for kind, (text, files), response in ((kind, to_text(parts), response) for kind, parts, response in written)))
+    pictures = [pair for pair in made if not is_video(pair[0].task)]
+    draw = lambda count, kinds, pairs: [(kind, *practice(rng, kind, *rng.choice(pairs))) for kind in rng.choices(kinds, k=count)]
+    files = {"naming": draw(simple, ["name"], pictures), "checking": draw(2 * simple, ["check", "check", "check", "name"], pictures),
+             "looking": draw(simple, ["look", "look", "look", "check", "name"], made), "practice": rows}
+    for file, written in files.items():
+        write_jsonl(folder / f"{file}.jsonl", ({"kind": kind, "conversations": [{"from": "human", "value": text}, {"from": "gpt", "value": response}], "images": images}
+                                               for kind, (text, images), response in ((kind, to_text(parts), response) for kind, parts, response in written)))

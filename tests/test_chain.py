@@ -154,7 +154,7 @@ def test_the_shipped_base_is_what_its_command_makes(tmp_path):
 
     settings = config.load_settings("small", [])
     folder = ROOT / "configs" / "small-base"
-    shapes.write_practice(tmp_path, settings.base.scenes, settings.base.rows_per_scene, settings.base.naming, settings.base.checking, random.Random(f"{settings.run.seed}/base"))
+    shapes.write_practice(tmp_path, settings.base.scenes, settings.base.rows_per_scene, settings.base.simple, random.Random(f"{settings.run.seed}/base"))
     practice = data.read_conversations(tmp_path / "practice.jsonl")
     tokenizer = M.train_tokenizer([sft.all_text(example) for example in practice], settings.model.vocab_size)
     tokenizer.save_pretrained(tmp_path / "tokenizer")

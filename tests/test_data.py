@@ -688,6 +688,23 @@ def test_no_exercise_is_a_whole_chain_of_thought(exercises):
         assert not ("<think>" in response and re.search(r"Total score|/10|is better", response)), "the tags are practised on questions that are no preference"
 
 
+def test_what_an_exercise_names_and_checks_is_true_of_the_picture_it_shows(split):
+    rng, said = random.Random(3), {"yes": 0, "no": 0}
+    for sample, scenes in split["SEEN"]:
+        for kind in ("name", "check"):
+            parts, response = shapes.practice(rng, kind, sample, scenes)
+            (shown,) = [part[part["type"]] for part in parts if part["type"] != "text"]
+            scene = scenes[sample.media.index(shown)]
+            if kind == "name":
+                assert named_items(response) == set(scene["items"])
+                continue
+            for thing, answer in (fact.rsplit(" ", 1) for fact in response.split(", ")):
+                true = thing == f"moves {scene.get('moves')}" if thing.startswith("moves") else tuple(thing.split()) in scene["items"]
+                assert thing in words(parts) and answer == ("yes" if true else "no")
+                said[answer] += 1
+    assert min(said.values()) > 50
+
+
 def test_sums_and_verdicts_of_the_exercises_are_right(exercises):
     checked = 0
     for kind, task, prompt, response in exercises:
@@ -704,9 +721,10 @@ def test_sums_and_verdicts_of_the_exercises_are_right(exercises):
 
 
 def test_written_practice_has_every_kind_no_held_out_item_and_ties_only_where_asked(tmp_path):
-    shapes.write_practice(tmp_path, 120, 10, 4, random.Random(2))
+    shapes.write_practice(tmp_path, pairs=120, rows_per_pair=4, naming=10, checking=7, rng=random.Random(2))
     rows = data.read_jsonl(tmp_path / "practice.jsonl")
-    assert {row["kind"] for row in rows} == set(shapes.PRACTICE) and len(data.read_jsonl(tmp_path / "naming.jsonl")) == 10
+    assert {row["kind"] for row in rows} == set(shapes.PRACTICE)
+    assert [row["kind"] for file in ("naming", "checking") for row in data.read_jsonl(tmp_path / f"{file}.jsonl")] == ["name"] * 10 + ["check"] * 7
     ties = 0
     for row, (parts, response) in zip(rows, data.read_conversations(tmp_path / "practice.jsonl"), strict=True):
         prompt = row["conversations"][0]["value"]
