@@ -672,12 +672,12 @@ def exercises(split) -> list:
 
 
 def test_every_exercise_is_practised_on_every_task_in_its_own_words(exercises):
-    assert set(shapes.PRACTICE) == {"name", "check", "rate", "compare", "total", "decide", "total_decide", "tagged", "direct"}
+    assert set(shapes.PRACTICE) == {"name", "check", "look", "rate", "compare", "total", "decide", "total_decide", "tagged", "direct"}
     for kind, task in itertools.product(("rate", "compare", "total", "decide", "total_decide", "direct"), TASKS):
         own, others = data.candidate_noun(task), {"Image", "Video", "Answer"} - {data.candidate_noun(task)}
         for _, _, prompt, response in [e for e in exercises if e[:2] == (kind, task)]:
             assert re.search(rf"\b{own}\b", response) and not re.search(rf"\b(?:{'|'.join(others)}) [12]", prompt + response)
-    for kind in ("name", "check", "tagged"):
+    for kind in ("name", "check", "look", "tagged"):
         assert {e[1] for e in exercises if e[0] == kind and e[3]} == set(TASKS)
 
 
@@ -721,10 +721,12 @@ def test_sums_and_verdicts_of_the_exercises_are_right(exercises):
 
 
 def test_written_practice_has_every_kind_no_held_out_item_and_ties_only_where_asked(tmp_path):
-    shapes.write_practice(tmp_path, pairs=120, rows_per_pair=4, naming=10, checking=7, rng=random.Random(2))
+    shapes.write_practice(tmp_path, pairs=120, rows_per_pair=6, simple=30, rng=random.Random(2))
     rows = data.read_jsonl(tmp_path / "practice.jsonl")
     assert {row["kind"] for row in rows} == set(shapes.PRACTICE)
-    assert [row["kind"] for file in ("naming", "checking") for row in data.read_jsonl(tmp_path / f"{file}.jsonl")] == ["name"] * 10 + ["check"] * 7
+    for skill, count, kinds in (("naming", 30, {"name"}), ("checking", 60, {"check", "name"}), ("looking", 30, {"look", "check", "name"})):
+        simple = data.read_jsonl(tmp_path / f"{skill}.jsonl")
+        assert len(simple) == count and {row["kind"] for row in simple} == kinds
     ties = 0
     for row, (parts, response) in zip(rows, data.read_conversations(tmp_path / "practice.jsonl"), strict=True):
         prompt = row["conversations"][0]["value"]
