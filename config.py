@@ -81,7 +81,7 @@ class Base(SFT):
     rebuild: bool = setting(False, "train the base anew in runs/NAME/base instead of starting from model.path")
     scenes: int = setting(8000, "pairs drawn for practice")
     rows_per_scene: int = setting(5, "exercises written on each of them")
-    simple: int = setting(12000, "exercises in each single skill (naming, checking, looking), which come first")
+    simple: int = setting(12000, "exercises in each single skill (naming, checking, looking, pairing), which come first")
     simple_epochs: float = setting(1.0, "passes over those")
     freeze_vision: bool = setting(False, "the base is where seeing is learnt")
 
@@ -155,7 +155,7 @@ def set_value(settings: Settings, name: str, value, source: str) -> None:
         near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
         raise UserError(f"{source}: unknown setting {name!r}; did you mean {near!r}?")
     kind = known[name].type
-    if isinstance(value, str) and kind is not str:
+    if isinstance(value, str) and kind is not str and source.startswith("--"):
         try:
             value = {"true": True, "false": False}[value.lower()] if kind is bool else kind(value)
         except (KeyError, ValueError):

@@ -175,7 +175,6 @@ class Verdict:
     consistent: bool
 
 
-FORMAT = re.compile(r"<think>(.*?)</think>\s*<answer>(.*?)</answer>", re.DOTALL)
 TAG = re.compile(r"</?(?:think|answer)>")
 HEADING = re.compile(r"(?:^|(?<=\s))\d{1,2}\. {0,3}\**([A-Za-z][A-Za-z &/-]{1,60}?)\** {0,3}:")
 NUMBER = r"\d{1,3}(?:\.\d)?"
@@ -193,9 +192,12 @@ def parse_answer(text: str, task: str) -> int | None:
 
 
 def parse_format(text: str) -> bool:
-    """The whole text is one non-empty think block without tags inside, white space, one answer block: `\\A` and `\\Z` matter."""
-    match = FORMAT.fullmatch(text)
-    return bool(match) and bool(match.group(1).strip()) and not TAG.search(match.group(1)) and not TAG.search(match.group(2))
+    """The whole text is one non-empty think block without tags inside, white space, one answer block, and nothing else."""
+    thought, closed, rest = text.partition("</think>")
+    rest = rest.lstrip()
+    inside = thought.removeprefix(THINK), rest.removeprefix("<answer>").removesuffix("</answer>")
+    whole = thought.startswith(THINK) and closed and rest.startswith("<answer>") and rest.endswith("</answer>")
+    return bool(whole and inside[0].strip() and not any(TAG.search(block) for block in inside))
 
 
 def parse_verdict(text: str, task: str) -> Verdict:
@@ -209,8 +211,10 @@ def parse_verdict(text: str, task: str) -> Verdict:
     for heading, following in zip(headings, headings[1:] + [None]):
         item = thought[heading.end() : following.start() if following else len(thought)]
         found = {}
+        # Where candidates are announced with a colon only that binds: "Image 1: sharper than Image 2 (9/10)" scores Image 1.
+        mention = rf"\b{noun} ([12])\b" + (r"\** {0,3}:" if re.search(rf"\b{noun} [12]\** {{0,3}}:", item) else "")
         candidate, start = None, 0
-        for match in re.finditer(rf"\b{noun} ([12])\b:?|\(({NUMBER})/10\)", item):
+        for match in re.finditer(rf"{mention}|\(({NUMBER})/10\)", item):
             if match.group(1):
                 candidate, start = int(match.group(1)), match.end()
             elif candidate:
@@ -220,7 +224,7 @@ def parse_verdict(text: str, task: str) -> Verdict:
             scores[dimension] = {k: entries[0][0] for k, entries in found.items()}
             reasons[dimension] = {k: entries[0][1] for k, entries in found.items()}
     stated = {}
-    for match in re.finditer(rf"\b{noun} ([12])\b[:\s]*({NUMBER}(?:\s*\+\s*{NUMBER})*)\s*=\s*({NUMBER})", closing):
+    for match in re.finditer(rf"\b{noun} ([12])\b[:*\s]{{0,9}}({NUMBER}(?:\s*\+\s*{NUMBER})*)\s*=\s*({NUMBER})", closing):
         stated.setdefault(int(match.group(1)), ([float(term) for term in match.group(2).split("+")], float(match.group(3))))
     totals = {k: total for k, (_, total) in stated.items()}
     sums_ok = set(stated) == {1, 2} and bool(scores) and all(
@@ -249,6 +253,8 @@ def from_text(text: str, files: list) -> list:
     pieces = re.split(r"(<image>|<video>)", text)
     clips = pieces.count("<video>")
     length = (len(files) - pieces.count("<image>")) // clips if clips else 0
+    if len(files) != pieces.count("<image>") + clips * length or (clips and not length):
+        raise ValueError(f"{pieces.count('<image>')} <image> and {clips} <video> do not go with {len(files)} files")
     rest, parts = iter(files), []
     for piece in pieces:
         if piece == "<image>":
@@ -263,7 +269,7 @@ def from_text(text: str, files: list) -> list:
 def sample_row(sample: Sample, mode: str = "think") -> dict:
     """The official GRPO row of a sample, with the sample's own parts beside it."""
     problem, files = to_text(build_prompt(sample, mode))
-    row = {"id": sample.id, "task": sample.task, "problem": problem, "images": files, "prompt": sample.prompt}
+    row = {"id": sample.id, "task": sample.task, "problem": problem, "images": files} | ({} if sample.problem else {"prompt": sample.prompt})
     if sample.label is not None:
         row["solution"] = f"<answer>{verdict_string(sample.task, sample.label)}</answer>"
     return row | {key: getattr(sample, key) for key in ("answers", "scores", "reasons") if getattr(sample, key)}
@@ -280,6 +286,8 @@ def row_sample(row: dict, root: Path) -> Sample:
     files = [str(root / file) for file in row.get("images", [])]
     text = row["solution"] if "solution" in row else row["conversations"][1]["value"] if "conversations" in row else ""
     task = row.get("task") or infer_task(text, len(files))
+    if task not in TASKS:
+        raise ValueError(f"unknown task {task!r}; one of " + ", ".join(TASKS))
     clips = (2 if is_generation(task) else 1) if is_video(task) else 0
     media = [files[k * len(files) // clips : (k + 1) * len(files) // clips] for k in range(clips)] if clips else files
     problem = "" if "prompt" in row else re.sub(r"<image>|<video>", "", row.get("problem") or row["conversations"][0]["value"])
@@ -288,44 +296,54 @@ def row_sample(row: dict, root: Path) -> Sample:
 
 def infer_task(text: str, files: int) -> str:
     """The task of an official row, from its verdict's noun and the number of its files."""
-    noun = re.search(r"<answer>\s*(Image|Video|Answer) ", text)
+    noun = re.search(r"<answer>\s*(?:Both )?(image|video|answer)", text, re.IGNORECASE)
     if not noun:
         raise ValueError("no task and no verdict that tells it; add \"task\": one of " + ", ".join(TASKS))
-    return {"Image": "image_generation", "Video": "video_generation"}.get(noun.group(1), "image_understanding" if files == 1 else "video_understanding")
+    return {"image": "image_generation", "video": "video_generation"}.get(noun.group(1).lower(), "image_understanding" if files == 1 else "video_understanding")
 
 
 def read_jsonl(path) -> list:
     """Rows of a JSON lines (or JSON list) file; a broken line is named and fatal."""
     text = Path(path).read_text(encoding="utf-8")
     if text.lstrip().startswith("["):
-        return json.loads(text)
+        numbered = [(1, text)]
+    else:
+        numbered = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]  # splitlines would cut at U+2028 too
     rows = []
-    for number, line in enumerate(text.split("\n"), 1):  # not splitlines, which also cuts at U+2028 inside a string
+    for number, line in numbered:
         try:
-            rows += [json.loads(line)] if line.strip() else []
+            row = json.loads(line)
         except json.JSONDecodeError as error:
-            raise config.UserError(f"{path}, line {number}: not JSON ({error.msg})")
+            raise config.UserError(f"{path}, line {number + error.lineno - 1}: not JSON ({error.msg})")
+        rows += row if isinstance(row, list) else [row]
     return rows
 
 
-def read_samples(path) -> list:
-    root, samples = Path(path).parent, []
+def read_rows(path, read) -> list:
+    """[read(row, folder of the file)]; a row that cannot be read is named and fatal."""
+    made = []
     for number, row in enumerate(read_jsonl(path), 1):
         try:
-            samples.append(row_sample(row, root))
-        except (KeyError, ValueError, TypeError, IndexError) as error:
+            made.append(read(row, Path(path).parent))
+        except (KeyError, ValueError, TypeError, IndexError, AttributeError) as error:
             raise config.UserError(f"{path}, row {number}: {type(error).__name__}: {error}")
-    return samples
+    return made
+
+
+def read_samples(path) -> list:
+    return read_rows(path, row_sample)
+
+
+def row_conversation(row: dict, root: Path) -> tuple:
+    """An SFT row -> (content parts, response text). A row with a sample's parts is prompted anew from them."""
+    human, response = (turn["value"] for turn in row["conversations"])
+    if "mode" in row:
+        return build_prompt(row_sample(row, root), row["mode"]), response
+    return from_text(human, [str(root / file) for file in row.get("images", [])]), response
 
 
 def read_conversations(path) -> list:
-    """SFT rows -> [(content parts, response text)]. Rows with a sample's parts are prompted anew from them."""
-    root, pairs = Path(path).parent, []
-    for row in read_jsonl(path):
-        human, response = (turn["value"] for turn in row["conversations"])
-        parts = build_prompt(row_sample(row, root), row["mode"]) if "mode" in row else from_text(human, [str(root / file) for file in row.get("images", [])])
-        pairs.append((parts, response))
-    return pairs
+    return read_rows(path, row_conversation)
 
 
 def write_jsonl(path, rows) -> None:

@@ -99,7 +99,7 @@ def rewards_of(text: str, sample: data.Sample, mode: str) -> dict:
     consistency asks for sums that add up and a verdict that follows from them."""
     verdict = data.parse_verdict(text, sample.task)
     format_ok = verdict.format_ok if mode == "think" else bool(re.fullmatch(r"<answer>[^<]*</answer>", text))
-    return {"format": float(format_ok), "accuracy": float(verdict.answer == sample.label), "consistency": float(verdict.consistent)}
+    return {"format": float(format_ok), "accuracy": float(verdict.answer is not None and verdict.answer == sample.label), "consistency": float(verdict.consistent)}
 
 
 # -------------------------------------------------------------------------------------------------------- rollout and update
@@ -158,7 +158,7 @@ def run(stage: str, settings: config.Settings, folder: Path) -> str:
     reference = M.load(start)[0] if own.beta else None
     if own.freeze_vision:
         M.freeze_vision(model)
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.0, weight_decay=0.0)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.0, betas=(0.9, 0.99), weight_decay=0.0)
     rng, order, first_rewards, last_rewards = random.Random(f"{settings.run.seed}/{stage}"), [], [], []
     for step in config.progress(range(own.steps), stage):
         while len(order) < own.prompts_per_step:

@@ -382,9 +382,10 @@ def completion_logprobs(model, processor: Processor, prompts: list, ids: torch.T
         prefill = model(**inputs, use_cache=True, logits_to_keep=1)
         cache = prefill.past_key_values
         cache.batch_repeat_interleave(group_size)
-        first = prefill.logits.repeat_interleave(group_size, 0)  # [B, 1, V] predicts the first completion token
-        rest = model(input_ids=ids[:, :-1], attention_mask=full_mask[:, :-1], position_ids=positions[:, :, :-1], past_key_values=cache, use_cache=True).logits
-        logits = torch.cat([first, rest], 1)  # [B, T, V]
+        logits = prefill.logits.repeat_interleave(group_size, 0)  # [B, 1, V] predicts the first completion token
+        if width > 1:
+            rest = model(input_ids=ids[:, :-1], attention_mask=full_mask[:, :-1], position_ids=positions[:, :, :-1], past_key_values=cache, use_cache=True).logits
+            logits = torch.cat([logits, rest], 1)  # [B, T, V]
     else:
         inputs |= {"input_ids": torch.cat([inputs["input_ids"], ids], 1), "attention_mask": full_mask,
                    "position_ids": torch.cat([inputs["position_ids"], positions], 2),

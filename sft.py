@@ -138,7 +138,7 @@ def build_base(settings: config.Settings, folder: Path) -> str:
     tokenizer = M.train_tokenizer([all_text(example) for example in practice], settings.model.vocab_size)
     model, processor = M.build_small(settings.model, tokenizer)
     simple = config.dataclasses.replace(base, epochs=base.simple_epochs)
-    for skill in ("naming", "checking", "looking"):
+    for skill in ("naming", "checking", "looking", "pairing"):
         train(model, processor, data.read_conversations(folder / f"{skill}.jsonl"), simple, folder, skill, f"base: {skill}")
     train(model, processor, practice, base, folder, "practice", "base: practice")
     M.save(model, processor, folder, torch.float16)
@@ -146,7 +146,7 @@ def build_base(settings: config.Settings, folder: Path) -> str:
     parameters = sum(p.numel() for p in model.parameters())
     figures = {"parameters": parameters, "practice_loss": mean_loss(M.load(str(folder))[0], processor, practice[:256])}
     config.write_text(folder / "figures.json", json.dumps(figures))
-    return f"{parameters / 1e6:.2f}M parameters, {4 * base.simple + len(practice)} exercises"
+    return f"{parameters / 1e6:.2f}M parameters, {6 * base.simple + len(practice)} exercises"
 
 
 def practice_examples(settings: config.Settings, folder: Path, count: int) -> list:

@@ -8,7 +8,7 @@ Four tasks, three dimensions each. A candidate's score on a dimension is a *fact
 
     task                  dimension               fact written in the reasoning              score
     image generation      semantic consistency    "red circle yes, blue star no"             10, minus 3 for each "no"
-                          aesthetics              clean / light noise / heavy noise          9 / 7 / 4
+                          aesthetics              vivid / pale / faded                       9 / 7 / 4
                           authenticity            none / one / two broken                    10 / 8 / 5
     video generation      semantic consistency    items, and "moves left yes"                10, minus 3 for each "no"
                           temporal coherence      steady / flicker / blank frame             9 / 7 / 4
@@ -18,7 +18,7 @@ Four tasks, three dimensions each. A candidate's score on a dimension is a *fact
                           clarity                 fluent / one filler / two fillers          9 / 7 / 4
     video understanding   the same, where correctness is the direction of the movement
 
-The better candidate is the one with the larger total. Noise and fillers are seen at a glance; whether every item of a caption is in the
+The better candidate is the one with the larger total. Faded colours and fillers are seen at a glance; whether every item of a caption is in the
 picture has to be checked item by item, and the total has to be added up. That is the part thinking is for.
 
 A scene is 32x32 pixels, four cells of 16x16 with at most one shape each; a clip is four frames in which one shape moves to a free
@@ -41,12 +41,12 @@ SHAPES = ("circle", "square", "triangle", "star", "cross")
 HELDOUT = {("red", "star"), ("green", "cross"), ("blue", "triangle"), ("yellow", "circle"), ("purple", "square"), ("black", "star")}
 ALL = [(color, shape) for color in COLORS for shape in SHAPES]
 SEEN = [item for item in ALL if item not in HELDOUT]
-SIDE, CELL, FRAMES = 32, 16, 4
+SIDE, CELL, FRAMES, PAPER = 32, 16, 4, (238, 238, 238)
 DIRECTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
 OPPOSITE = {"left": "right", "right": "left", "up": "down", "down": "up"}
 
 LADDER = {  # facts of the dimensions that are seen at a glance, best first, with their scores
-    "aesthetics": (("clean", 9), ("light noise", 7), ("heavy noise", 4)),
+    "aesthetics": (("vivid", 9), ("pale", 7), ("faded", 4)),
     "temporal coherence": (("steady", 9), ("flicker", 7), ("blank frame", 4)),
     "authenticity": (("none broken", 10), ("one broken", 8), ("two broken", 5)),
     "clarity": (("fluent", 9), ("one filler", 7), ("two fillers", 4)),
@@ -75,16 +75,15 @@ def draw_shape(draw: ImageDraw.ImageDraw, item: tuple, x: float, y: float, radiu
         draw.rectangle((x - arm, y - radius, x + arm, y + radius), fill=color)
         draw.rectangle((x - radius, y - arm, x + radius, y + arm), fill=color)
     if broken:
-        draw.line((x - radius, y + radius * 0.6, x + radius, y - radius * 0.6), fill=(240, 240, 236), width=4)
+        draw.line((x - radius, y + radius * 0.6, x + radius, y - radius * 0.6), fill=PAPER, width=4)
 
 
 def draw_scene(scene: dict) -> list:
     """One picture, or FRAMES pictures of a clip, of `scene` (see `make_scene`). The same scene always gives the same pixels."""
-    rng = np.random.default_rng(scene["seed"])
-    jitter = rng.uniform(-1.0, 1.0, size=(len(scene["items"]), 3))
+    jitter = np.random.default_rng(scene["seed"]).uniform(-1.0, 1.0, size=(len(scene["items"]), 3))
     frames = []
     for step in range(FRAMES if "moves" in scene else 1):
-        image = Image.new("RGB", (SIDE, SIDE), (240, 240, 236))
+        image = Image.new("RGB", (SIDE, SIDE), PAPER)
         draw = ImageDraw.Draw(image)
         for k, item in enumerate(scene["items"]):
             column, row = scene["cells"][k] % 2, scene["cells"][k] // 2
@@ -97,8 +96,8 @@ def draw_scene(scene: dict) -> list:
         pixels = np.asarray(image, dtype=np.float32)
         if scene["glance"] == "flicker" and step % 2 == 1:
             pixels = pixels * 0.7
-        noise = {"light noise": 18, "heavy noise": 45}.get(scene["glance"], 0)
-        pixels = pixels + rng.normal(0, noise, pixels.shape) if noise else pixels
+        strength = {"pale": 0.6, "faded": 0.3}.get(scene["glance"], 1.0)
+        pixels = PAPER[0] + (pixels - PAPER[0]) * strength
         frames.append(Image.fromarray(pixels.clip(0, 255).astype(np.uint8)))
     return frames
 
@@ -106,7 +105,7 @@ def draw_scene(scene: dict) -> list:
 # ------------------------------------------------------------------------------------------------------- scenes and scores
 
 
-def make_scene(rng: random.Random, items: list, video: bool, glance: str = "clean", broken: int = 0, moves: str | None = None) -> dict:
+def make_scene(rng: random.Random, items: list, video: bool, glance: str = "vivid", broken: int = 0, moves: str | None = None) -> dict:
     """Places `items` (at most 4, at most 3 in a clip: the mover needs a free cell) and says how the picture is spoilt."""
     scene = {"items": items, "glance": glance, "broken": rng.sample(range(len(items)), min(broken, len(items))), "seed": rng.randrange(2**31)}
     cells = rng.sample(range(4), 4)
@@ -229,6 +228,8 @@ def make_understanding(rng: random.Random, task: str, pool: list) -> tuple:
         for k in range(len(named)):
             if rng.random() < 0.35:
                 named[k] = change(rng, named[k], pool, present + named)
+        if pool is ALL and not any(item in HELDOUT for item in named):
+            named[0] = next(item for item in present if item in HELDOUT)
         facts = checks(named, present)
         if video:
             said = moves if rng.random() < 0.5 else rng.choice([d for d in DIRECTIONS if d != moves])
@@ -246,7 +247,7 @@ def make_understanding(rng: random.Random, task: str, pool: list) -> tuple:
         for dimension, fact in zip(DIMENSIONS[task], (", ".join(facts), right, LADDER["clarity"][fillers][0])):
             reasons[dimension].append(fact)
             scores[dimension].append(score_of(dimension, fact))
-    scene = make_scene(rng, present, video, "clean" if not video else "steady", 0, moves)
+    scene = make_scene(rng, present, video, "vivid" if not video else "steady", 0, moves)
     return Sample(id="", task=task, prompt=question, answers=answers, scores=scores, reasons=reasons), [scene]
 
 
@@ -280,7 +281,7 @@ def write_split(folder, split: str, plan: list, pool: list, rng: random.Random) 
 # the bare verdict, on all four tasks. Each exercise is a contiguous piece of check, score, total, decide; none is the whole on any
 # pair. Dimensions come in any order and number, so that reading them from the prompt is the only way to be right.
 
-PRACTICE = {"name": 1, "check": 2, "look": 2, "rate": 4, "compare": 6, "total": 1, "decide": 2, "total_decide": 2, "tagged": 2, "direct": 5}
+PRACTICE = {"name": 1, "check": 2, "look": 2, "pair": 3, "rate": 4, "compare": 6, "total": 1, "decide": 2, "total_decide": 2, "tagged": 2, "direct": 5}
 
 
 def practice(rng: random.Random, kind: str, sample: Sample, scenes: list) -> tuple:
@@ -318,6 +319,9 @@ def practice(rng: random.Random, kind: str, sample: Sample, scenes: list) -> tup
         about = f"\nCaption: {sample.prompt}\n" if is_generation(task) else f"\nQuestion: {sample.prompt}\nAnswer: {sample.answers[k]}\n"
         asked = text(f"{about}Rate {noun} on {', '.join(dimensions)}. Steps: check, score.")
         return ([text(f"{noun}: ")] if is_generation(task) else []) + [show, asked], write_items(noun, chosen(sample.reasons, k), chosen(sample.scores, k))
+    if kind == "pair":  # one candidate of a pair, on one dimension: binding what is seen to the candidate that is named
+        d, k = rng.choice(DIMENSIONS[task][:1] * 2 + DIMENSIONS[task]), rng.randrange(2)
+        return media_parts(sample) + [text(f"Rate {noun} {k + 1} on {d}. Steps: check, score.")], write_items(f"{noun} {k + 1}", {d: [sample.reasons[d][k]]}, {d: [sample.scores[d][k]]})
     if kind == "compare":
         steps = STEPS[: rng.choice([2, 3] if len(dimensions) > 1 else [2])]
         response = write_items(noun, chosen(sample.reasons), chosen(sample.scores))
@@ -348,8 +352,8 @@ def practice(rng: random.Random, kind: str, sample: Sample, scenes: list) -> tup
 
 def write_practice(folder, pairs: int, rows_per_pair: int, simple: int, rng: random.Random) -> None:
     """Practice of the base in the official SFT schema. First single skills, `simple` exercises each: folder/naming.jsonl,
-    checking.jsonl (what a picture shows; twice as many), looking.jsonl (what is seen at a glance, clips included); then practice.jsonl, a mixture of
-    all exercises. One generation pair in five is a tie, which only the direct mode can say."""
+    checking.jsonl (what a picture shows; twice as many), looking.jsonl (what is seen at a glance, clips included), pairing.jsonl (one candidate of
+    a pair; twice as many); then practice.jsonl, a mixture of all exercises. One generation pair in five is a tie, which only the direct mode can say."""
     tasks = list(DIMENSIONS)
     made = write_split(folder, "pairs", [(tasks[k % 4], is_generation(tasks[k % 4]) and k % 40 < 8) for k in range(pairs)], SEEN, rng)
     rows = []
@@ -363,7 +367,7 @@ def write_practice(folder, pairs: int, rows_per_pair: int, simple: int, rng: ran
     pictures = [pair for pair in made if not is_video(pair[0].task)]
     draw = lambda count, kinds, pairs: [(kind, *practice(rng, kind, *rng.choice(pairs))) for kind in rng.choices(kinds, k=count)]
     files = {"naming": draw(simple, ["name"], pictures), "checking": draw(2 * simple, ["check", "check", "check", "name"], pictures),
-             "looking": draw(simple, ["look", "look", "look", "check", "name"], made), "practice": rows}
+             "looking": draw(simple, ["look", "look", "look", "check", "name"], made), "pairing": draw(2 * simple, ["pair", "pair", "pair", "look"], made), "practice": rows}
     for file, written in files.items():
         write_jsonl(folder / f"{file}.jsonl", ({"kind": kind, "conversations": [{"from": "human", "value": text}, {"from": "gpt", "value": response}], "images": images}
                                                for kind, (text, images), response in ((kind, to_text(parts), response) for kind, parts, response in written)))

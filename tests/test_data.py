@@ -27,7 +27,7 @@ def chain(thought: str, verdict: str = "Image 1 is better") -> str:
     return f"<think>{thought}</think>\n<answer>{verdict}</answer>"
 
 
-TWO_ITEMS = "1. Aesthetics: Image 1: clean (9/10). Image 2: noisy (4/10).\n2. Authenticity: Image 1: one broken (8/10). Image 2: none (10/10).\n"
+TWO_ITEMS = "1. Aesthetics: Image 1: vivid (9/10). Image 2: noisy (4/10).\n2. Authenticity: Image 1: one broken (8/10). Image 2: none (10/10).\n"
 SUMS = "Total score: Image 1: 9+8=17. Image 2: 4+10=14."
 SCORES = {"aesthetics": {1: 9, 2: 4}, "authenticity": {1: 8, 2: 10}}
 
@@ -59,17 +59,17 @@ def test_one_mark_that_is_changed_is_noticed():
 @pytest.mark.parametrize("thought", [
     TWO_ITEMS + SUMS,
     # the candidates swap places within a dimension, and in the sums
-    "1. Aesthetics: Image 2: noisy (4/10). Image 1: clean (9/10).\n2. Authenticity: Image 1: one broken (8/10). Image 2: none (10/10).\n"
+    "1. Aesthetics: Image 2: noisy (4/10). Image 1: vivid (9/10).\n2. Authenticity: Image 1: one broken (8/10). Image 2: none (10/10).\n"
     "Total score: Image 2: 4+10=14. Image 1: 9+8=17.",
     # everything on one line
     (TWO_ITEMS + SUMS).replace("\n", " "),
     # the score before its reason, as in released outputs
     "1. **Aesthetics:** Image 1 (9/10) - clean; Image 2 (4/10) - noisy.\n2. **Authenticity:** Image 1 (8/10) - one broken; Image 2 (10/10) - none.\n" + SUMS,
     # each candidate on its own line
-    "1. Aesthetics:\n   Image 1: clean (9/10)\n   Image 2: noisy (4/10)\n2. Authenticity:\n   Image 2: none (10/10)\n   Image 1: one broken (8/10)\n"
+    "1. Aesthetics:\n   Image 1: vivid (9/10)\n   Image 2: noisy (4/10)\n2. Authenticity:\n   Image 2: none (10/10)\n   Image 1: one broken (8/10)\n"
     "Total score:\nImage 1: 9+8=17\nImage 2: 4+10=14",
     # the same with markdown in the items
-    "1. **Aesthetics**:\n   - **Image 1**: clean (9/10)\n   - **Image 2**: noisy (4/10)\n2. **Authenticity:**\n   - **Image 1 (8/10)**: one broken\n"
+    "1. **Aesthetics**:\n   - **Image 1**: vivid (9/10)\n   - **Image 2**: noisy (4/10)\n2. **Authenticity:**\n   - **Image 1 (8/10)**: one broken\n"
     "   - **Image 2 (10/10)**: none\n**Total score:**\n- Image 1: 9 + 8 = 17\n- Image 2: 4 + 10 = 14",
     # and in the sums
     TWO_ITEMS + "**Total score:**\n- **Image 1**: 9+8=17\n- **Image 2:** 4+10=14",
@@ -120,7 +120,7 @@ def test_sums_and_verdict_are_checked_against_the_scores(sums, verdict, sums_ok,
 
 @pytest.mark.parametrize("verdict, consistent", [("Image 1 is better", False), ("Image 2 is better", False), ("Both images are equally good", True)])
 def test_equal_totals_make_no_candidate_the_better_one(verdict, consistent):
-    text = chain("1. Aesthetics: Image 1: clean (9/10). Image 2: clean (9/10).\nTotal score: Image 1: 9=9. Image 2: 9=9.", verdict)
+    text = chain("1. Aesthetics: Image 1: vivid (9/10). Image 2: vivid (9/10).\nTotal score: Image 1: 9=9. Image 2: 9=9.", verdict)
     assert parse_verdict(text, "image_generation").sums_ok and parse_verdict(text, "image_generation").consistent == consistent
 
 
@@ -214,7 +214,8 @@ def cpu_seconds(limit: float):
         signal.signal(signal.SIGVTALRM, before)
 
 
-REPEATED = ["(", "9", " ", "\n", "*", "a", "=", "1. a", "1. ", "1. a:", "1. **a", "(9/10", "(9/10)", "Image 1 ", "Image 1: (9/10). ", "1+", "1 + ", "11 ", "Image 1: 1+1",
+REPEATED = ["(", "9", " ", "\n", "*", "a", "=", "1. a", "1. ", "1. a:", "1. **a", "(9/10", "(9/10)", "Image 1 ",
+            "Image 1: (9/10). ", "1+", "1 + ", "11 ", "Image 1: 1+1",
             "<answer>", "</answer>", "<think>", "</think>", "</think>\n", "</think><answer>", "</think><answer></answer>.", "Total score"]
 
 
@@ -298,7 +299,8 @@ def test_only_the_direct_mode_of_generation_speaks_of_ties(samples):
 
 @pytest.mark.parametrize("task", TASKS)
 def test_swapping_moves_media_answers_scores_reasons_and_label_together(task):
-    media = {"image_generation": ["a", "b"], "video_generation": [["a", "b"], ["c", "d"]], "image_understanding": ["a"], "video_understanding": [["a", "b"]]}[task]
+    media = {"image_generation": ["a", "b"], "video_generation": [["a", "b"], ["c", "d"]],
+             "image_understanding": ["a"], "video_understanding": [["a", "b"]]}[task]
     sample = Sample("7", task, "caption", media, ["one", "two"], 1, {"clarity": [9, 4]}, {"clarity": ["fluent", "two fillers"]}, "problem")
     before, swapped = copy.deepcopy(sample), sample.swapped()
     assert swapped == Sample("7", task, "caption", media[::-1], ["two", "one"], 2, {"clarity": [4, 9]}, {"clarity": ["two fillers", "fluent"]}, "problem")
@@ -318,7 +320,8 @@ def test_swapping_a_reasoned_pair_swaps_its_totals(samples):
 
 
 def test_parts_survive_the_way_through_the_official_schema():
-    parts = [{"type": "text", "text": "first "}, {"type": "image", "image": "a.png"}, {"type": "text", "text": " then "}, {"type": "video", "video": ["b", "c", "d"]},
+    parts = [{"type": "text", "text": "first "}, {"type": "image", "image": "a.png"}, {"type": "text", "text": " then "},
+             {"type": "video", "video": ["b", "c", "d"]},
              {"type": "video", "video": ["e", "f", "g"]}, {"type": "text", "text": "\nwhich?"}, {"type": "image", "image": "h.png"}]
     assert data.to_text(parts) == ("first <image> then <video><video>\nwhich?<image>", ["a.png", *"bcdefg", "h.png"])
     assert data.from_text(*data.to_text(parts)) == parts
@@ -404,7 +407,8 @@ def test_official_rows_are_read_without_our_keys(tmp_path, task, verdict, count,
 @pytest.mark.parametrize("task", GENERATION)
 def test_an_official_tie_is_read_as_a_tie(tmp_path, task):
     noun = data.candidate_noun(task).lower()
-    (tmp_path / "rows.jsonl").write_text(json.dumps({"problem": "?", "solution": f"<answer>Both {noun}s are equally good</answer>", "images": ["a.png", "b.png"]}))
+    row = {"problem": "?", "solution": f"<answer>Both {noun}s are equally good</answer>", "images": ["a.png", "b.png"]}
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row))
     (sample,) = data.read_samples(tmp_path / "rows.jsonl")
     assert (sample.task, sample.label) == (task, 0)
 
@@ -472,7 +476,8 @@ def test_an_unknown_setting_is_refused_and_the_nearest_one_named(tmp_path, text)
         settings_of(tmp_path, text)
 
 
-@pytest.mark.parametrize("line", ["steps = 1.5", "steps = true", 'steps = "many"', "lr = true", 'lr = "fast"', "lr = [1.0]", "scale_by_std = 1", "scale_by_std = 0.0",
+@pytest.mark.parametrize("line", ["steps = 1.5", "steps = true", 'steps = "many"', "lr = true", 'lr = "fast"', "lr = [1.0]",
+                                  "scale_by_std = 1", "scale_by_std = 0.0",
                                   'scale_by_std = "maybe"', "mode = 3", "mode = true"])
 def test_a_wrong_type_is_refused_and_the_setting_named(tmp_path, line):
     with pytest.raises(config.UserError, match=f"grpo.{line.split()[0]}"):
@@ -589,7 +594,7 @@ def test_a_clean_picture_has_the_colours_of_its_items_and_no_other(split):
     seen = 0
     for _, scenes in split["SEEN"]:
         for scene in scenes:
-            if scene["glance"] in ("clean", "steady"):
+            if scene["glance"] in ("vivid", "steady"):
                 seen += 1
                 found = {rgb for _, rgb in shapes.draw_scene(scene)[-1].getcolors()}
                 assert {color for color, rgb in shapes.COLORS.items() if rgb in found} == {item[0] for item in scene["items"]}
@@ -600,8 +605,8 @@ def test_the_mover_ends_where_it_was_said_to_go():
     for moves, (dx, dy) in {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}.items():
         for seed in range(5):
             scene = shapes.make_scene(random.Random(seed), [("red", "circle"), ("blue", "square")], True, "steady", 0, moves)
-            centre = lambda frame: [sum(xs) / len(xs) for xs in zip(*[(x, y) for x in range(32) for y in range(32) if frame.getpixel((x, y)) == shapes.COLORS["red"]])]
-            first, *_, last = map(centre, shapes.draw_scene(scene))
+            red = lambda frame: [(x, y) for x in range(32) for y in range(32) if frame.getpixel((x, y)) == shapes.COLORS["red"]]
+            first, *_, last = ([sum(axis) / len(axis) for axis in zip(*red(frame))] for frame in shapes.draw_scene(scene))
             assert [round(b - a) for a, b in zip(first, last)] == [16 * dx, 16 * dy]
 
 
@@ -629,14 +634,16 @@ def test_a_held_out_pair_always_turns_on_a_held_out_combination(split):
 
 
 @pytest.mark.parametrize("dimension, fact, score", [  # the table at the top of shapes.py, by hand
-    ("semantic consistency", "red circle yes", 10), ("semantic consistency", "red circle yes, blue star no", 7), ("semantic consistency", "a b no, c d no, moves left no", 1),
+    ("semantic consistency", "red circle yes", 10), ("semantic consistency", "red circle yes, blue star no", 7),
+    ("semantic consistency", "a b no, c d no, moves left no", 1),
     ("semantic accuracy", "red circle no, blue cross no", 4), ("semantic accuracy", "a b no, c d no, e f no, g h no", 1),
-    ("aesthetics", "clean", 9), ("aesthetics", "light noise", 7), ("aesthetics", "heavy noise", 4),
+    ("aesthetics", "vivid", 9), ("aesthetics", "pale", 7), ("aesthetics", "faded", 4),
     ("temporal coherence", "steady", 9), ("temporal coherence", "flicker", 7), ("temporal coherence", "blank frame", 4),
     ("authenticity", "none broken", 10), ("authenticity", "one broken", 8), ("authenticity", "two broken", 5),
     ("clarity", "fluent", 9), ("clarity", "one filler", 7), ("clarity", "two fillers", 4),
     ("correctness", "says 3, is 3", 10), ("correctness", "says 3, is 4", 7), ("correctness", "says 5, is 4", 7), ("correctness", "says 1, is 4", 4),
-    ("correctness", "says left, is left", 10), ("correctness", "says left, is right", 7), ("correctness", "says up, is down", 7), ("correctness", "says up, is left", 4),
+    ("correctness", "says left, is left", 10), ("correctness", "says left, is right", 7),
+    ("correctness", "says up, is down", 7), ("correctness", "says up, is left", 4),
 ])
 def test_a_fact_earns_the_score_of_the_table(dimension, fact, score):
     assert shapes.score_of(dimension, fact) == score
@@ -672,8 +679,8 @@ def exercises(split) -> list:
 
 
 def test_every_exercise_is_practised_on_every_task_in_its_own_words(exercises):
-    assert set(shapes.PRACTICE) == {"name", "check", "look", "rate", "compare", "total", "decide", "total_decide", "tagged", "direct"}
-    for kind, task in itertools.product(("rate", "compare", "total", "decide", "total_decide", "direct"), TASKS):
+    assert set(shapes.PRACTICE) == {"name", "check", "look", "pair", "rate", "compare", "total", "decide", "total_decide", "tagged", "direct"}
+    for kind, task in itertools.product(("pair", "rate", "compare", "total", "decide", "total_decide", "direct"), TASKS):
         own, others = data.candidate_noun(task), {"Image", "Video", "Answer"} - {data.candidate_noun(task)}
         for _, _, prompt, response in [e for e in exercises if e[:2] == (kind, task)]:
             assert re.search(rf"\b{own}\b", response) and not re.search(rf"\b(?:{'|'.join(others)}) [12]", prompt + response)
@@ -724,7 +731,7 @@ def test_written_practice_has_every_kind_no_held_out_item_and_ties_only_where_as
     shapes.write_practice(tmp_path, pairs=120, rows_per_pair=6, simple=30, rng=random.Random(2))
     rows = data.read_jsonl(tmp_path / "practice.jsonl")
     assert {row["kind"] for row in rows} == set(shapes.PRACTICE)
-    for skill, count, kinds in (("naming", 30, {"name"}), ("checking", 60, {"check", "name"}), ("looking", 30, {"look", "check", "name"})):
+    for skill, count, kinds in (("naming", 30, {"name"}), ("checking", 60, {"check", "name"}), ("looking", 30, {"look", "check", "name"}), ("pairing", 60, {"pair", "look"})):
         simple = data.read_jsonl(tmp_path / f"{skill}.jsonl")
         assert len(simple) == count and {row["kind"] for row in simple} == kinds
     ties = 0

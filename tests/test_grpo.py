@@ -255,7 +255,7 @@ def test_an_unknown_normalisation_is_refused():
 # ---------------------------------------------------------------------------------------------------------------- rewards
 
 PAIR = data.Sample("1", "image_generation", label=1)
-GOOD = ("<think>1. Aesthetics: Image 1: clean (9/10). Image 2: heavy noise (4/10).\nTotal score: Image 1: 9=9. Image 2: 4=4.</think>\n"
+GOOD = ("<think>1. Aesthetics: Image 1: vivid (9/10). Image 2: faded (4/10).\nTotal score: Image 1: 9=9. Image 2: 4=4.</think>\n"
         "<answer>Image 1 is better</answer>")
 
 
