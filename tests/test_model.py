@@ -148,9 +148,9 @@ def test_left_and_right_padding_hold_the_same_rows(tiny, prompts):
 
 @pytest.fixture(scope="module")
 def sampled(tiny, prompts):
-    """{temperature: five completions of every prompt}; about half of them end by themselves."""
+    """{temperature: five completions of every prompt}; some end by themselves, some are cut off."""
     made = {T: M.generate(*tiny, prompts, 5, 40, T, batch_rows=20, generator=torch.Generator().manual_seed(1)) for T in (1.0, 0.7)}
-    assert all(0.1 < m.truncated.float().mean() < 0.9 and m.lengths.min() < 10 for m in made.values())
+    assert all(0.05 < m.truncated.float().mean() < 0.95 and m.lengths.min() < 10 for m in made.values())
     return made
 
 
