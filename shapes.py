@@ -281,7 +281,7 @@ def write_split(folder, split: str, plan: list, pool: list, rng: random.Random) 
 # the bare verdict, on all four tasks. Each exercise is a contiguous piece of check, score, total, decide; none is the whole on any
 # pair. Dimensions come in any order and number, so that reading them from the prompt is the only way to be right.
 
-PRACTICE = {"name": 1, "check": 2, "look": 2, "pair": 3, "rate": 4, "compare": 6, "total": 1, "decide": 2, "total_decide": 2, "tagged": 2, "direct": 5}
+PRACTICE = {"name": 1, "check": 2, "look": 2, "pair": 3, "rate": 4, "compare": 6, "total": 1, "decide": 2, "total_decide": 3, "tagged": 2, "direct": 5}
 
 
 def practice(rng: random.Random, kind: str, sample: Sample, scenes: list) -> tuple:
@@ -339,7 +339,7 @@ def practice(rng: random.Random, kind: str, sample: Sample, scenes: list) -> tup
             return [text(f"{write_totals(noun, scores)}\nSteps: decide.")], verdict
         if kind == "total":
             return [text(f"{given}\nSteps: total.")], write_totals(noun, scores)
-        return [text(f"{given}\nSteps: total, decide.")], f"{write_totals(noun, scores)}\n{verdict}"
+        return [text(f"{given}\nSteps: total, decide.")], f"{THINK}{write_totals(noun, scores)}</think>\n{verdict}"
     if kind == "tagged":  # the tags, on questions that are no preference
         if rng.random() < 0.5:
             return [show, text("How many shapes are shown? Steps: check, decide.")], f"{THINK}{named}</think>\n<answer>{len(order)}</answer>"
