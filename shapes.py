@@ -327,7 +327,7 @@ def practice(rng: random.Random, kind: str, sample: Sample, scenes: list) -> tup
         response = write_items(noun, chosen(sample.reasons), chosen(sample.scores))
         if "total" in steps:
             response += "\n" + write_totals(noun, chosen(sample.scores))
-        return media_parts(sample) + [text(steps_text(task, dimensions, steps))], response
+        return media_parts(sample) + [text(steps_text(task, dimensions, steps))], f"{THINK}{response}</think>"
     if kind in ("total", "decide", "total_decide"):
         sums = [0, 0]
         while sums[0] == sums[1]:

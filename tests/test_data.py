@@ -692,9 +692,8 @@ def test_no_exercise_is_a_whole_chain_of_thought(exercises):
     for kind, _, prompt, response in exercises:
         assert "Steps: check, score, total, decide" not in prompt
         assert not (re.search(r"^\d\. ", response, re.MULTILINE) and "<answer>" in response)
-        if "<think>" in response and kind != "total_decide":  # which adds up given numbers: there is no pair to look at
-            assert not re.search(r"Total score|/10|is better", response), "the tags are practised on questions that are no preference"
-        assert kind != "total_decide" or not re.search("Caption|Question", prompt)
+        assert kind != "compare" or "<answer>" not in response, "what is reasoned about a pair is not decided"
+        assert kind not in ("total_decide", "decide") or not re.search("Caption|Question", prompt), "what is decided is given as numbers"
 
 
 def test_what_an_exercise_names_and_checks_is_true_of_the_picture_it_shows(split):
