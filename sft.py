@@ -144,13 +144,13 @@ def build_base(settings: config.Settings, folder: Path) -> str:
     M.save(model, processor, folder, torch.float16)
     config.wait_for_all()
     parameters = sum(p.numel() for p in model.parameters())
-    figures = {"parameters": parameters, "practice_loss": mean_loss(M.load(str(folder))[0], processor, practice[:256])}
+    figures = {"parameters": parameters, "practice_loss": mean_loss(M.load(str(folder))[0], processor, practice_examples(settings, folder, 256))}
     config.write_text(folder / "figures.json", json.dumps(figures))
     return f"{parameters / 1e6:.2f}M parameters, {6 * base.simple + len(practice)} exercises"
 
 
 def practice_examples(settings: config.Settings, folder: Path, count: int) -> list:
-    """`count` of the base's exercises, drawn afresh: a shipped base does not bring its practice along."""
+    """`count` of the base's exercises, drawn afresh under folder/replay: a shipped base does not bring its practice along."""
     import shapes
 
     shapes.write_practice(folder / "replay", -(-count // 4), 4, 0, random.Random(f"{settings.run.seed}/{folder.name}/replay"))

