@@ -82,7 +82,7 @@ def save(model, processor: Processor, folder: Path, dtype: torch.dtype | None = 
     """An ordinary Hugging Face folder. `dtype`: precision of the written weights only."""
     if not config.is_main():
         return
-    state = {name: value.to(dtype or value.dtype) for name, value in model.state_dict().items()}
+    state = {name: value.detach().to(dtype or value.dtype) for name, value in model.named_parameters()}  # tied weights once
     model.save_pretrained(folder, state_dict=state)
     processor.tokenizer.save_pretrained(folder)
     processor.image_processor.save_pretrained(folder)
