@@ -82,11 +82,10 @@ def judge(model, processor, samples: list, mode: str, own: config.Evaluate, allo
         verdict = data.parse_verdict(text, sample.task)
         cells = [(d, k) for d in sample.scores for k in (1, 2)]
         got = lambda found, truth: np.mean([found.get(d, {}).get(k) == truth[d][k - 1] for d, k in cells]) if cells else None
-        fact = {d: {k: reason for k, reason in found.items()} for d, found in verdict.reasons.items()}
         rows.append({"id": sample.id, "task": sample.task, "mode": mode, "label": sample.label, "answer": verdict.answer, "text": text,
                      "format_ok": verdict.format_ok, "sums_ok": verdict.sums_ok, "consistent": verdict.consistent,
                      "margin": verdict.totals[1] - verdict.totals[2] if len(verdict.totals) == 2 else None,
-                     "scores_right": got(verdict.scores, sample.scores), "facts_right": got(fact, sample.reasons), "scores": verdict.scores, "truth": sample.scores})
+                     "scores_right": got(verdict.scores, sample.scores), "facts_right": got(verdict.reasons, sample.reasons), "scores": verdict.scores, "truth": sample.scores})
     return rows
 
 

@@ -128,7 +128,7 @@ def all_text(example: tuple) -> str:
 
 def build_base(settings: config.Settings, folder: Path) -> str:
     """Draws the practice, trains the tokenizer on it, then the model: single skills one after the other, then the mixture. Told apart,
-    skills are learnt in minutes each; from the mixture alone, checking was still at chance after twenty."""
+    skills are learnt in minutes each; from the mixture alone, checking was still near chance after ten."""
     import shapes
 
     base = settings.base
