@@ -81,8 +81,8 @@ class Base(SFT):
     rebuild: bool = setting(False, "train the base anew in runs/NAME/base instead of starting from model.path")
     scenes: int = setting(8000, "pairs drawn for practice")
     rows_per_scene: int = setting(5, "exercises written on each of them")
-    simple: int = setting(12000, "exercises in each single skill (naming, checking, looking, pairing), which come first")
-    simple_epochs: float = setting(1.0, "passes over those")
+    simple: int = setting(12000, "exercises in the first single skill, naming; shapes.SKILLS says how many in the others")
+    simple_lr: float = setting(1e-3, "peak learning rate of the single skills; `lr` is that of the mixture")
     freeze_vision: bool = setting(False, "the base is where seeing is learnt")
 
 

@@ -128,7 +128,8 @@ def all_text(example: tuple) -> str:
 
 def build_base(settings: config.Settings, folder: Path) -> str:
     """Draws the practice, trains the tokenizer on it, then the model: single skills one after the other, then the mixture. Told apart,
-    skills are learnt in minutes each; from the mixture alone, checking was still near chance after ten."""
+    skills are learnt in minutes each; from the mixture alone, checking was still near chance after ten. The mixture takes smaller steps, so as not
+    to wash out what the skills have built."""
     import shapes
 
     base = settings.base
@@ -137,8 +138,8 @@ def build_base(settings: config.Settings, folder: Path) -> str:
     practice = data.read_conversations(folder / "practice.jsonl")
     tokenizer = M.train_tokenizer([all_text(example) for example in practice], settings.model.vocab_size)
     model, processor = M.build_small(settings.model, tokenizer)
-    simple = config.dataclasses.replace(base, epochs=base.simple_epochs)
-    for skill in ("naming", "checking", "looking", "pairing"):
+    simple = config.dataclasses.replace(base, epochs=1.0, lr=base.simple_lr)
+    for skill, *_ in shapes.SKILLS:
         train(model, processor, data.read_conversations(folder / f"{skill}.jsonl"), simple, folder, skill, f"base: {skill}")
     train(model, processor, practice, base, folder, "practice", "base: practice")
     M.save(model, processor, folder, torch.float16)
@@ -146,7 +147,7 @@ def build_base(settings: config.Settings, folder: Path) -> str:
     parameters = sum(p.numel() for p in model.parameters())
     figures = {"parameters": parameters, "practice_loss": mean_loss(M.load(str(folder))[0], processor, practice_examples(settings, folder, 256))}
     config.write_text(folder / "figures.json", json.dumps(figures))
-    return f"{parameters / 1e6:.2f}M parameters, {6 * base.simple + len(practice)} exercises"
+    return f"{parameters / 1e6:.2f}M parameters, {round(base.simple * sum(skill[1] for skill in shapes.SKILLS)) + len(practice)} exercises"
 
 
 def practice_examples(settings: config.Settings, folder: Path, count: int) -> list:

@@ -679,12 +679,12 @@ def exercises(split) -> list:
 
 
 def test_every_exercise_is_practised_on_every_task_in_its_own_words(exercises):
-    assert set(shapes.PRACTICE) == {"name", "check", "look", "pair", "rate", "compare", "total", "decide", "total_decide", "tagged", "direct"}
-    for kind, task in itertools.product(("pair", "rate", "compare", "total", "decide", "total_decide", "direct"), TASKS):
+    assert set(shapes.PRACTICE) == {"name", "name_pair", "check", "rate", "compare", "total", "decide", "total_decide", "tagged", "direct"}
+    for kind, task in itertools.product(("rate", "compare", "total", "decide", "total_decide", "direct"), TASKS):
         own, others = data.candidate_noun(task), {"Image", "Video", "Answer"} - {data.candidate_noun(task)}
         for _, _, prompt, response in [e for e in exercises if e[:2] == (kind, task)]:
             assert re.search(rf"\b{own}\b", response) and not re.search(rf"\b(?:{'|'.join(others)}) [12]", prompt + response)
-    for kind in ("name", "check", "look", "tagged"):
+    for kind in ("name", "name_pair", "check", "tagged"):
         assert {e[1] for e in exercises if e[0] == kind and e[3]} == set(TASKS)
 
 
@@ -699,11 +699,12 @@ def test_no_exercise_is_a_whole_chain_of_thought(exercises):
 def test_what_an_exercise_names_and_checks_is_true_of_the_picture_it_shows(split):
     rng, said = random.Random(3), {"yes": 0, "no": 0}
     for sample, scenes in split["SEEN"]:
-        for kind in ("name", "check"):
+        for kind in ("name", "name_pair", "check"):
             parts, response = shapes.practice(rng, kind, sample, scenes)
-            (shown,) = [part[part["type"]] for part in parts if part["type"] != "text"]
-            scene = scenes[sample.media.index(shown)]
-            if kind == "name":
+            shown = [part[part["type"]] for part in parts if part["type"] != "text"]
+            which = int(re.search(r"shapes of (?:image|video) (\d)", words(parts))[1]) - 1 if kind == "name_pair" else 0
+            scene = scenes[sample.media.index(shown[which])]
+            if kind != "check":
                 assert named_items(response) == set(scene["items"])
                 continue
             for thing, answer in (fact.rsplit(" ", 1) for fact in response.split(", ")):
@@ -732,9 +733,11 @@ def test_written_practice_has_every_kind_no_held_out_item_and_ties_only_where_as
     shapes.write_practice(tmp_path, pairs=120, rows_per_pair=6, simple=30, rng=random.Random(2))
     rows = data.read_jsonl(tmp_path / "practice.jsonl")
     assert {row["kind"] for row in rows} == set(shapes.PRACTICE)
-    for skill, count, kinds in (("naming", 30, {"name"}), ("checking", 60, {"check", "name"}), ("looking", 30, {"look", "check", "name"}), ("pairing", 60, {"pair", "look"})):
+    for skill, factor, kinds, tasks, dimensions in shapes.SKILLS:
         simple = data.read_jsonl(tmp_path / f"{skill}.jsonl")
-        assert len(simple) == count and {row["kind"] for row in simple} == kinds
+        assert len(simple) == round(30 * factor) and {row["kind"] for row in simple} <= set(kinds)
+        if dimensions:
+            assert all(set(data.parse_verdict(row["conversations"][1]["value"], tasks[0]).scores) <= set(dimensions) for row in simple)
     ties = 0
     for row, (parts, response) in zip(rows, data.read_conversations(tmp_path / "practice.jsonl"), strict=True):
         prompt = row["conversations"][0]["value"]
