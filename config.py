@@ -223,9 +223,18 @@ def fingerprint(stage: str, settings: Settings) -> str:
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def is_done(stage: str, settings: Settings, out: Path) -> bool:
+def made_by(stage: str, out: Path) -> str | None:
+    """Names the run of a stage that its folder holds; None if it is not finished. A repeated stage gets a new name."""
     file = out / stage / "done.json"
-    return file.is_file() and json.loads(file.read_text())["fingerprint"] == fingerprint(stage, settings)
+    return json.loads(file.read_text())["id"] if file.is_file() else None
+
+
+def is_done(stage: str, settings: Settings, out: Path) -> bool:
+    """Finished, with these settings, from what its inputs hold now."""
+    if not made_by(stage, out):
+        return False
+    done = json.loads((out / stage / "done.json").read_text())
+    return done["fingerprint"] == fingerprint(stage, settings) and done["inputs"] == [made_by(s, out) for s in STAGES[stage][1]]
 
 
 def plan(targets: list) -> list:
@@ -249,7 +258,8 @@ def do_stage(stage: str, settings: Settings, out: Path, command: str) -> None:
     seed_everything(settings, stage)
     made = importlib.import_module(script).run(stage, settings, folder)
     resolved = {section: dataclasses.asdict(getattr(settings, section)) for section in ["run", *sections]}
-    done = {"fingerprint": fingerprint(stage, settings), "made": made, "seconds": round(time.time() - started, 1), "settings": resolved}
+    done = {"id": f"{stage} {time.time_ns()}", "inputs": [made_by(s, out) for s in inputs], "fingerprint": fingerprint(stage, settings),
+            "made": made, "seconds": round(time.time() - started, 1), "settings": resolved}
     write_text(folder / "done.json", json.dumps(done, indent=1))
     wait_for_all()
     print(f"   {made} ({done['seconds']:.0f} s) -> {folder}", flush=True)

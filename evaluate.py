@@ -99,7 +99,7 @@ def judge_checkpoint(stage: str, mode: str, settings: config.Settings, out: Path
     folder = out / "evaluate"
     folder.mkdir(parents=True, exist_ok=True)
     kept, mark = folder / f"{stage}-{mode}.jsonl", folder / f"{stage}-{mode}.json"
-    state = [config.fingerprint(s, settings) for s in (stage, "data")] + [config.dataclasses.asdict(settings.evaluate)]
+    state = [config.made_by(s, out) for s in (stage, "data")] + [config.dataclasses.asdict(settings.evaluate)]
     if not mark.is_file() or json.loads(mark.read_text())["state"] != state:
         model, processor = M.load(config.checkpoint(stage, settings, out))
         rows = []

@@ -359,22 +359,33 @@ def practice(rng: random.Random, kind: str, sample: Sample, scenes: list, dimens
 
 
 def write_practice(folder, pairs: int, rows_per_pair: int, simple: int, rng: random.Random) -> None:
-    """Practice of the base in the official SFT schema: one file for each of SKILLS (`simple` exercises times its factor), then
-    practice.jsonl, a mixture of all exercises. One generation pair in five is a tie, which only the direct mode can say."""
+    """Practice of the base in the official SFT schema, one file for each phase of `sft.build_base`: SKILLS (`simple` exercises times the
+    factor); practice.jsonl, a mixture of all exercises; comparing.jsonl, comparisons of pictures and clips; consolidation.jsonl, the mixture again with
+    half as much understanding, which is learnt sooner. One generation pair in five is a tie, which only the direct mode can say."""
     tasks = list(DIMENSIONS)
     made = write_split(folder, "pairs", [(tasks[k % 4], is_generation(tasks[k % 4]) and k % 40 < 8) for k in range(pairs)], SEEN, rng)
-    files = {}
-    for skill, factor, kinds, among, dimensions in SKILLS:
+
+    def skill(factor, kinds, among, dimensions):
         able = [pair for pair in made if pair[0].task in among]
-        files[skill] = [(kind, *practice(rng, kind, *rng.choice(able), dimensions)) for kind in rng.choices(kinds, k=round(factor * simple))]
-    files["practice"] = rows = []
-    for sample, scenes in made:
-        kinds = rng.choices(list(PRACTICE), list(PRACTICE.values()), k=rows_per_pair)
-        if sample.label == 0:
-            parts = build_prompt(sample, "answer", allow_tie=True)
-            rows.append(("direct", parts, f"<answer>{verdict_string(sample.task, 0)}</answer>"))
-            kinds = [kind for kind in kinds if kind != "direct"]
-        rows += [(kind, *practice(rng, kind, sample, scenes)) for kind in kinds]
+        return [(kind, *practice(rng, kind, *rng.choice(able), dimensions)) for kind in rng.choices(kinds, k=round(factor * simple))]
+
+    def mixture(of_understanding):
+        rows = []
+        for sample, scenes in made:
+            kinds = rng.choices(list(PRACTICE), list(PRACTICE.values()), k=rows_per_pair if is_generation(sample.task) else of_understanding)
+            if sample.label == 0:
+                parts = build_prompt(sample, "answer", allow_tie=True)
+                rows.append(("direct", parts, f"<answer>{verdict_string(sample.task, 0)}</answer>"))
+                kinds = [kind for kind in kinds if kind != "direct"]
+            rows += [(kind, *practice(rng, kind, sample, scenes)) for kind in kinds]
+        return rows
+
+    files = {name: skill(*rest) for name, *rest in SKILLS}
+    files["practice"] = mixture(rows_per_pair)
+    files["comparing"] = skill(1.6, ("compare",) * 6 + ("name_pair",), ("image_generation", "video_generation"), None)
+    files["consolidation"] = mixture(rows_per_pair // 2)
     for file, written in files.items():
+        if not written:
+            continue
         write_jsonl(folder / f"{file}.jsonl", ({"kind": kind, "conversations": [{"from": "human", "value": text}, {"from": "gpt", "value": response}], "images": images}
                                                for kind, (text, images), response in ((kind, to_text(parts), response) for kind, parts, response in written)))

@@ -66,6 +66,17 @@ def test_changing_grpo_alone_reuses_all_before_it(chain, tmp_path):
     assert len(metrics) == 2 and all(row["kl"] == 0 for row in metrics)
 
 
+def test_a_repeated_stage_makes_what_was_built_on_it_stale(chain, tmp_path):
+    out, _ = chain
+    import shutil
+
+    copy = tmp_path / "copy"
+    shutil.copytree(out, copy)
+    assert script("distill.py", "--config", "smoke", "--out", copy, "--force").returncode == 0
+    done = script("sft.py", "--config", "smoke", "--out", copy, "--stage", "cold_start")
+    assert [line.split(":")[0] for line in done.stdout.splitlines() if line.startswith("== ")] == ["== cold_start"]
+
+
 def test_filters_sort_by_label_and_lose_nothing(chain):
     out, _ = chain
     pool = {s.id: s for s in data.read_samples(out / "data" / "pool.jsonl")}
@@ -154,3 +165,14 @@ def test_the_shipped_base_has_the_figures_written_beside_it(tmp_path):
     assert sft.mean_loss(model, processor, exercises) == pytest.approx(figures["practice_loss"], rel=1e-3)
     assert sum(p.numel() for p in model.parameters()) == figures["parameters"]
     assert (folder / "model.safetensors").stat().st_size <= 4_000_000
+
+
+def test_the_shipped_tokenizer_is_the_one_its_recipe_makes(tmp_path):
+    import random
+
+    import shapes
+
+    settings = config.load_settings("small", [])
+    shapes.write_practice(tmp_path, settings.base.scenes, settings.base.rows_per_scene, settings.base.simple, random.Random(f"{settings.run.seed}/base"))
+    tokenizer = M.train_tokenizer([sft.all_text(example) for example in data.read_conversations(tmp_path / "practice.jsonl")], settings.model.vocab_size)
+    assert tokenizer.get_vocab() == M.load(str(ROOT / "configs" / "small-base"))[1].tokenizer.get_vocab()
