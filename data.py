@@ -299,8 +299,8 @@ def row_sample(row: dict, root: Path) -> Sample:
     if "media" in row:
         media = [str(root / item) if isinstance(item, str) else [str(root / file) for file in item] for item in flat(row["media"])]
     problem = "" if "prompt" in row or "media" in row else re.sub(r"<image>|<video>", "", row.get("problem") or row["conversations"][0]["value"])
-    label = row["label"] if "label" in row else parse_answer(text, task)
-    return Sample(str(row.get("id", "")), task, row.get("prompt", ""), media, row.get("answers", []), label, row.get("scores", {}), row.get("reasons", {}), problem)
+    label, prompt, answers = row.get("label", parse_answer(text, task)), row.get("prompt", ""), row.get("answers", [])
+    return Sample(str(row.get("id", "")), task, prompt, media, answers, label, row.get("scores", {}), row.get("reasons", {}), problem)
 
 
 def infer_task(text: str, files: int) -> str:
@@ -312,8 +312,8 @@ def infer_task(text: str, files: int) -> str:
 
 
 def read_rows(path, read, choose=None, bad: list | None = None, label: str = "") -> list:
-    """[read(row, folder of the file)] of a JSON lines file or a JSON list. `choose`: picks among the rows before they are read; `bad`: takes
-    what is wrong with rows that cannot be read, with file and line; without it the first such row is fatal."""
+    """[read(row, folder of the file)] of a JSON lines file or a JSON list. `choose` picks among the rows; `bad` takes what is wrong with which
+    line of the file, without it the first such row is fatal."""
     try:
         text = Path(path).read_text(encoding="utf-8-sig")
         listed = json.loads(text) if text.lstrip().startswith("[") else None
@@ -368,8 +368,7 @@ def write_jsonl(path, rows) -> None:
 
 
 def run(stage: str, settings: config.Settings, out: Path) -> str:
-    """The unified pool, pairs for distillation, and tests: each read from its sources or drawn by the small world, whose other two tests go
-    along with its own only."""
+    """Reads each split from its sources, or draws it: the small world, whose two further tests go along with its own only."""
     import shapes  # here, because the small world itself is written in this file's terms
 
     counts = {}
@@ -387,8 +386,8 @@ def spread(length: int, count: int) -> list:
 
 
 def fit_clips(clips: list, frames: int = 8, pair_frames: int = 8) -> list:
-    """Videos (each a file, a folder or a list of frames) -> lists of equally many frames, at most `frames` each and `pair_frames` together:
-    the official files keep the videos of a pair apart by halves, and a candidate should not be known by its length."""
+    """Videos (a file, a folder or a list of frames) -> lists of equally many frames, at most `frames` each and `pair_frames` together. Equally
+    many: official files keep a pair apart by halves, and no candidate should be known by its length."""
     import model as M
 
     clips = [clip[0] if isinstance(clip, list) and len(clip) == 1 and "#" not in clip[0] else clip for clip in clips]  # official rows list everything
@@ -405,8 +404,7 @@ def fit_clips(clips: list, frames: int = 8, pair_frames: int = 8) -> list:
 
 
 def usable(sample: Sample, own: config.Data) -> Sample:
-    """The pair with its videos fitted; ValueError or UserError says why it cannot be learnt from. Every picture is decoded once: a broken
-    one would otherwise end a run hours later."""
+    """The pair, its videos fitted; ValueError or UserError says why it is of no use. All media are decoded: better here than hours later."""
     import model as M
 
     allowed, media, texts = list(verdict_strings(sample.task).values()), 2 if is_generation(sample.task) else 1, [sample.prompt] + sample.answers

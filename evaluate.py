@@ -135,8 +135,8 @@ def table(results: list) -> str:
         lines += [title, "  ".join([f"{'':<28}"] + [f"{head:>18}" for head in heads])]
         for row in results:
             cells = [row["splits"][split].get(scope) for scope in (*data.TASKS, "all")]
-            shown = [f"{percent(c['accuracy']):>5} [{percent(c['low']):>5},{percent(c['high']):>5}]" if c else "-" for c in cells]
-            lines.append("  ".join([f"{row['name']:<28}"] + [cell.rjust(18) for cell in shown]))
+            shown = [f"{percent(c['accuracy']):>5} [{percent(c['low']):>5},{percent(c['high']):>5}]".rjust(18) if c else f"{'-':>18}" for c in cells]
+            lines.append("  ".join([f"{row['name']:<28}"] + shown))
         lines.append("")
     names = (("format_ok", "format"), ("sums_ok", "sums right"), ("consistent", "follows"), ("scores_right", "scores right"), ("facts_right", "facts right"),
              ("orders_agree", "orders agree"), ("first_chosen", "first chosen"), ("unreadable", "unreadable"))

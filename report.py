@@ -193,14 +193,12 @@ def strip(item) -> Image.Image:
     """One image, or frames of a clip side by side, none larger than SIDE."""
     import model as M  # here, because the page itself needs no torch
 
-    files = data.fit_clips([item], FRAMES)[0] if isinstance(item, list) else [item]
-    frames = [M.read_image(file) for file in files]
+    frames = [M.read_image(file) for file in (data.fit_clips([item], FRAMES)[0] if isinstance(item, list) else [item])]
     for frame in frames:
         frame.thumbnail((SIDE, SIDE))
-    made, left = Image.new("RGB", (sum(frame.width + 1 for frame in frames) - 1, max(frame.height for frame in frames)), (128, 128, 128)), 0
-    for frame in frames:
-        made.paste(frame, (left, 0))
-        left += frame.width + 1
+    made = Image.new("RGB", (sum(frame.width + 1 for frame in frames) - 1, max(frame.height for frame in frames)), (128, 128, 128))
+    for k, frame in enumerate(frames):
+        made.paste(frame, (sum(before.width + 1 for before in frames[:k]), 0))
     return made
 
 
@@ -433,7 +431,7 @@ def inspect(arguments: list) -> None:
     for task in dict.fromkeys(sample.task for sample in samples):
         rows = [sample for sample in samples if sample.task == task]
         lengths = [sorted(map(len, texts)) or ["-"] for texts in ([s.prompt or s.problem for s in rows], [text for s in rows for text in s.answers])]
-        cells = [len(rows), *(sum(s.label == label for s in rows) for label in (1, 2, 0)), *(n for some in lengths for n in (some[len(some) // 2], some[-1]))]
+        cells = [len(rows)] + [sum(s.label == label for s in rows) for label in (1, 2, 0)] + [n for some in lengths for n in (some[len(some) // 2], some[-1])]
         print(f"{task:<20}" + "".join(f"{cell:>10}" for cell in cells))
     if samples:
         contact_sheet(samples[:12], file)

@@ -282,9 +282,9 @@ def draw_split(split: str, settings: config.Settings, folder) -> dict:
     tasks, count, pool, tie_share = {
         "distill": (["image_generation"], made.distill_pairs, SEEN, 0.0), "pool": (every, made.pool_pairs, SEEN, 0.0), "test": (every, made.test_pairs, SEEN, 0.0),
         "heldout": (every, made.heldout_pairs, ALL, 0.0), "ties": (["image_generation", "video_generation"], made.tie_pairs, SEEN, 1 / 3)}[split]
-    plan = [(task, k < count * tie_share) for task in tasks for k in range(count)]
-    write_split(folder, split, plan, pool, random.Random(f"{settings.run.seed}/{split}"))
-    return {split: len(plan)}
+    rng = random.Random(f"{settings.run.seed}/{split}")
+    write_split(folder, split, [(task, k < count * tie_share) for task in tasks for k in range(count)], pool, rng)
+    return {split: len(tasks) * count}
 
 
 # --------------------------------------------------------------------------------------------------------------- practice
