@@ -49,6 +49,14 @@ class Data:
     test_pairs: int = setting(300, "pairs per task in the in-distribution test")
     heldout_pairs: int = setting(100, "pairs per task whose colour-shape combinations were never trained on")
     tie_pairs: int = setting(90, "pairs per generation task in the split of which a third are ties")
+    distill: str = setting("", "files to distil on: PATH, PATH@first:N, PATH@end:N, PATH@random:N, PATH@N%, ...; empty: the small world's own")
+    pool: str = setting("", "files that make the unified pool, written alike")
+    test: str = setting("", "files that make the test, written alike; the small world's other tests are left out then")
+    image_root: str = setting("", "folder that media paths are relative to; empty: the folder of each file")
+    on_error: str = setting("stop", "what a bad row does after all have been listed: stop, or skip (it is left out)")
+    frames: int = setting(8, "frames shown of a video")
+    pair_frames: int = setting(8, "frames shown of a pair of videos together, half of each")
+    max_pixels: int = setting(512 * 512, "pixels of an image or frame; larger ones are scaled down")
 
 
 @dataclass
@@ -310,6 +318,8 @@ def main(default_stage: str) -> None:
     arguments, options, overrides = sys.argv[1:], {}, []
     flags = {"force": False, "help": False}
     try:
+        if default_stage == "data" and arguments[:1] == ["inspect"]:
+            return importlib.import_module("report").inspect(arguments[1:])
         while arguments:
             name = arguments.pop(0)
             if name in ("-h", "--help", "--force"):
@@ -339,6 +349,7 @@ def main(default_stage: str) -> None:
         if stage not in allowed:
             raise UserError(f"--stage {stage}: {script}.py runs {', '.join(allowed)}")
         settings = load_settings(options["config"], overrides)
+        importlib.import_module("model").limits = settings.data
         out = Path(options.get("out", ROOT / "runs" / Path(options["config"]).stem)).resolve()
         command = " ".join([f"--config {options['config']}"] + [f"--{n} {v}" for n, v in overrides] + ([f"--out {options['out']}"] if "out" in options else []))
         whole = stage in ("grpo", "evaluate")  # the last stages of the paper: end with the table
@@ -391,3 +402,11 @@ def progress(items, label: str):
             shown = time.time()
             print(f"   {label}: {done} of {len(items)}, {shown - started:.0f} s so far, about {(shown - started) / done * (len(items) - done):.0f} s to go", flush=True)
         yield item
+
+
+def pick(rows: list, strategy: str, rng) -> list:
+    """"all" (or ""), "first:N", "end:N", "random:N" or "N%" (a random share, rounded up) of `rows`, in their order."""
+    kind, _, number = strategy.removesuffix("%").rpartition(":")
+    count = len(rows) if number in ("", "all") else -(-len(rows) * int(number) // 100) if strategy.endswith("%") else int(number)
+    chosen = sorted(rng.sample(range(len(rows)), min(count, len(rows))))
+    return rows[:count] if kind == "first" else rows[max(0, len(rows) - count) :] if kind == "end" else [rows[k] for k in chosen]

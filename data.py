@@ -1,14 +1,18 @@
 """Data: one preference pair, the prompt made of it, and the verdict read back.
 
 Everything the other scripts know about the four tasks is here: their nouns, their dimensions, the exact verdict strings, the prompt
-text, the text a teacher writes, and the parser that reads such text back. Files are JSON lines in the official schemas,
+text, the text a teacher writes, and the parser that reads such text back. Files are JSON lines (or a JSON list) in the official schemas,
 
     GRPO   {"problem": "<image><image>...", "solution": "<answer>Image 1 is better</answer>", "images": [...]}
     SFT    {"conversations": [{"from": "human", "value": ...}, {"from": "gpt", "value": ...}], "images": [...]}
 
-with the parts the prompt was made of ("task", "prompt", "answers", and the known "scores" and "reasons" of the small world) beside them.
+with the parts the prompt was made of ("task", "prompt", "answers", and the known "scores" and "reasons" of the small world) beside them,
+or pairs of your own (a video is a file, a folder or a list of frames; label 0 is a tie; generation has no answers):
 
-    python data.py --config small      writes the small world under runs/small/data
+    {"id": "7", "task": "video_understanding", "prompt": "What happens?", "media": ["clip.mp4"], "answers": ["It rains.", "Snow."], "label": 1}
+
+    python data.py --config small                           the small world, or the sources of [data] -> runs/small/data
+    python data.py inspect PATH [--sheet FILE.png]          counts, bad rows, and a contact sheet of the first pairs
 """
 
 import json
@@ -57,8 +61,8 @@ def verdict_string(task: str, label: int) -> str:
 
 @dataclass
 class Sample:
-    """One preference pair. `media`: the two candidates of a generation task, or the one thing asked about; an image is a path, a video
-    a list of frame paths. `label`: 1 or 2 = the better candidate, 0 = tie, None = unknown. `scores` and `reasons`, known in the small
+    """One preference pair. `media`: the two candidates of a generation task, or the one thing asked about; an image is a path, a video a list
+    of frames (see `fit_clips`). `label`: 1 or 2 = the better candidate, 0 = tie, None = unknown. `scores` and `reasons`, known in the small
     world only: {dimension: [candidate 1, candidate 2]}. `problem`: the whole prompt text of an official row that came without parts."""
 
     id: str
@@ -282,16 +286,21 @@ def sft_row(sample: Sample, mode: str, response: str) -> dict:
 
 
 def row_sample(row: dict, root: Path) -> Sample:
-    """A row of either schema -> Sample. An official row without our parts is read by its verdict and its files."""
+    """A row of any schema -> Sample. An official row without our parts is read by its verdict and its files."""
     files = [str(root / file) for file in row.get("images", [])]
     text = row["solution"] if "solution" in row else row["conversations"][1]["value"] if "conversations" in row else ""
     task = row.get("task") or infer_task(text, len(files))
     if task not in TASKS:
         raise ValueError(f"unknown task {task!r}; one of " + ", ".join(TASKS))
     clips = (2 if is_generation(task) else 1) if is_video(task) else 0
+    if clips and len(files) % clips:
+        raise ValueError(f"{len(files)} frames are no two videos of equal length")
     media = [files[k * len(files) // clips : (k + 1) * len(files) // clips] for k in range(clips)] if clips else files
-    problem = "" if "prompt" in row else re.sub(r"<image>|<video>", "", row.get("problem") or row["conversations"][0]["value"])
-    return Sample(str(row.get("id", "")), task, row.get("prompt", ""), media, row.get("answers", []), parse_answer(text, task), row.get("scores", {}), row.get("reasons", {}), problem)
+    if "media" in row:
+        media = [str(root / item) if isinstance(item, str) else [str(root / file) for file in item] for item in flat(row["media"])]
+    problem = "" if "prompt" in row or "media" in row else re.sub(r"<image>|<video>", "", row.get("problem") or row["conversations"][0]["value"])
+    label, prompt, answers = row.get("label", parse_answer(text, task)), row.get("prompt", ""), row.get("answers", [])
+    return Sample(str(row.get("id", "")), task, prompt, media, answers, label, row.get("scores", {}), row.get("reasons", {}), problem)
 
 
 def infer_task(text: str, files: int) -> str:
@@ -302,32 +311,30 @@ def infer_task(text: str, files: int) -> str:
     return {"image": "image_generation", "video": "video_generation"}.get(noun.group(1).lower(), "image_understanding" if files == 1 else "video_understanding")
 
 
-def read_jsonl(path) -> list:
-    """Rows of a JSON lines (or JSON list) file; a broken line is named and fatal."""
-    text = Path(path).read_text(encoding="utf-8")
-    if text.lstrip().startswith("["):
-        numbered = [(1, text)]
-    else:
-        numbered = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]  # splitlines would cut at U+2028 too
-    rows = []
-    for number, line in numbered:
+def read_rows(path, read, choose=None, bad: list | None = None, label: str = "") -> list:
+    """[read(row, folder of the file)] of a JSON lines file or a JSON list. `choose` picks among the rows; `bad` takes what is wrong with which
+    line of the file, without it the first such row is fatal."""
+    try:
+        text = Path(path).read_text(encoding="utf-8-sig")
+        listed = json.loads(text) if text.lstrip().startswith("[") else None
+    except (OSError, ValueError) as error:
+        raise config.UserError(f"cannot read {path}: {error}")
+    lines = text.split("\n") if listed is None else listed  # splitlines would cut at U+2028 too
+    rows = [(f"{'line' if listed is None else 'row'} {number}", line) for number, line in enumerate(lines, 1) if listed or line.strip()]
+    made, rows = [], choose(rows) if choose else rows
+    for place, row in config.progress(rows, label) if label else rows:
         try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise config.UserError(f"{path}, line {number + error.lineno - 1}: not JSON ({error.msg})")
-        rows += row if isinstance(row, list) else [row]
-    return rows
-
-
-def read_rows(path, read) -> list:
-    """[read(row, folder of the file)]; a row that cannot be read is named and fatal."""
-    made = []
-    for number, row in enumerate(read_jsonl(path), 1):
-        try:
-            made.append(read(row, Path(path).parent))
-        except (KeyError, ValueError, TypeError, IndexError, AttributeError) as error:
-            raise config.UserError(f"{path}, row {number}: {type(error).__name__}: {error}")
+            made.append(read(json.loads(row) if listed is None else row, Path(path).parent))
+        except (KeyError, ValueError, TypeError, IndexError, AttributeError, config.UserError) as error:
+            said = f"{path}, {place}: {error if type(error) in (ValueError, config.UserError) else f'{type(error).__name__}: {error}'}"
+            if bad is None:
+                raise config.UserError(said)
+            bad.append(said)
     return made
+
+
+def read_jsonl(path) -> list:
+    return read_rows(path, lambda row, _: row)
 
 
 def read_samples(path) -> list:
@@ -361,17 +368,78 @@ def write_jsonl(path, rows) -> None:
 
 
 def run(stage: str, settings: config.Settings, out: Path) -> str:
-    """Draws the small world: the unified pool, image generation pairs for distillation, and three test splits."""
+    """Reads each split from its sources, or draws it: the small world, whose two further tests go along with its own only."""
     import shapes  # here, because the small world itself is written in this file's terms
 
-    made = settings.data
-    plan = {"distill": (["image_generation"], made.distill_pairs, shapes.SEEN, 0.0), "pool": (TASKS, made.pool_pairs, shapes.SEEN, 0.0),
-            "test": (TASKS, made.test_pairs, shapes.SEEN, 0.0), "heldout": (TASKS, made.heldout_pairs, shapes.ALL, 0.0),
-            "ties": (["image_generation", "video_generation"], made.tie_pairs, shapes.SEEN, 1 / 3)}
-    for split, (tasks, count, pool, tie_share) in plan.items():
-        rng = random.Random(f"{settings.run.seed}/{split}")
-        shapes.write_split(out, split, [(task, k < count * tie_share) for task in tasks for k in range(count)], pool, rng)
-    return ", ".join(f"{split} {len(tasks) * count}" for split, (tasks, count, *_) in plan.items()) + " pairs"
+    counts = {}
+    for split in ["distill", "pool", "test"] + ["heldout", "ties"] * (not settings.data.test):
+        counts |= write_sources(split, settings, out) if getattr(settings.data, split, "") else shapes.draw_split(split, settings, out)
+    return ", ".join(f"{split} {count}" for split, count in counts.items()) + " pairs"
+
+
+# ---------------------------------------------------------------------------------------------------------------- sources
+
+
+def spread(length: int, count: int) -> list:
+    """Which of `length` frames stand for a clip: the one in the middle of each of `count` equal parts. A short clip repeats some."""
+    return [(2 * k + 1) * length // (2 * count) for k in range(count)]
+
+
+def fit_clips(clips: list, frames: int = 8, pair_frames: int = 8) -> list:
+    """Videos (a file, a folder or a list of frames) -> lists of equally many frames, at most `frames` each and `pair_frames` together. Equally
+    many: official files keep a pair apart by halves, and no candidate should be known by its length."""
+    import model as M
+
+    clips = [clip[0] if isinstance(clip, list) and len(clip) == 1 and "#" not in clip[0] else clip for clip in clips]  # official rows list everything
+    number = lambda file: [piece.zfill(20) for piece in re.split(r"([0-9]+)", file.name)]  # frame_2 comes before frame_10
+    files = lambda folder: [str(file) for file in sorted(Path(folder).glob("[!.]*"), key=number)]
+    clips = [files(clip) if isinstance(clip, str) and Path(clip).is_dir() else clip for clip in clips]
+    most = max(1, min(frames, pair_frames // len(clips)) if len(clips) > 1 else frames)
+    lengths = [M.read_clip(clip, most, M.limits.max_pixels)[1] if isinstance(clip, str) else len(clip) for clip in clips]
+    if not all(lengths):
+        raise config.UserError(f"video {lengths.index(0) + 1} has no frames")
+    count = min(most, max(lengths))
+    shown = lambda clip: [f"{clip}#{k + 1}of{count}" for k in range(count)] if isinstance(clip, str) else [clip[k] for k in spread(len(clip), count)]
+    return [shown(clip) for clip in clips]
+
+
+def usable(sample: Sample, own: config.Data) -> Sample:
+    """The pair, its videos fitted; ValueError or UserError says why it is of no use. All media are decoded: better here than hours later."""
+    import model as M
+
+    allowed, media, texts = list(verdict_strings(sample.task).values()), 2 if is_generation(sample.task) else 1, [sample.prompt] + sample.answers
+    if type(sample.label) is not int or sample.label not in allowed:
+        raise ValueError(f"the label (or the verdict in its place) is {sample.label!r}; {sample.task} has {', '.join(map(str, allowed))}")
+    if len(sample.media) < media or len(sample.media) > media == 2:
+        raise ValueError(f"{len(sample.media)} media; {sample.task} has {media}")
+    if not sample.problem and (len(texts) != 5 - 2 * media or not all(isinstance(text, str) and text.strip() for text in texts)):
+        raise ValueError("the prompt is empty, or there are not two answers with text in them (generation: none)")
+    sample.media = fit_clips(sample.media, own.frames, own.pair_frames) if is_video(sample.task) else sample.media
+    for item in sample.media:
+        if len({M.read_image(file).size for file in (item if is_video(sample.task) else [item])}) > 1:
+            raise ValueError(f"the frames of {item[0]} ... differ in size")
+    return sample
+
+
+def write_sources(split: str, settings: config.Settings, out: Path) -> dict:
+    """Reads the mix of sources of a split into out/SPLIT.jsonl; returns {split: pairs}. Reasoning is a forced choice: ties are left out."""
+    own, rng, bad, samples = settings.data, random.Random(f"{settings.run.seed}/{split}"), [], []
+    for source in filter(None, map(str.strip, getattr(own, split).split(","))):
+        path, strategy = re.fullmatch(r"(.+?)(?:@(all|(?:first|end|random):[0-9]+|[0-9]+%))?", source).groups("all")
+        if not Path(path).is_file():
+            raise config.UserError(f"data.{split}: no file {path}; a source is PATH, PATH@all, PATH@first:N, PATH@end:N, PATH@random:N or PATH@N%")
+        read, before = lambda row, folder: usable(row_sample(row, Path(own.image_root or folder).resolve()), own), len(samples)
+        samples += read_rows(path, read, lambda rows: config.pick(rows, strategy, rng), bad, f"{split}: {path}")
+        print(f"   {split}: {len(samples) - before} pairs from {source}", flush=True)
+    print("".join(f"   bad row: {line}\n" for line in bad), end="", flush=True)
+    kept = [sample for sample in samples if sample.label != 0]
+    print(f"   {split}: {len(bad)} bad rows, {len(samples) - len(kept)} ties", flush=True)
+    if not kept or (bad and own.on_error != "skip"):
+        raise config.UserError(f"data.{split}: {len(kept)} pairs, {len(bad)} bad rows; repair them or set data.on_error to skip. {''.join(bad[:1])}")
+    for number, sample in enumerate(kept):
+        sample.id = f"{split}-{number:06d}-{sample.id}".removesuffix("-")  # judgements are kept by id: no two may be alike
+    write_jsonl(out / f"{split}.jsonl", map(sample_row, kept))
+    return {split: len(kept)}
 
 
 if __name__ == "__main__":

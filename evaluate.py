@@ -90,7 +90,8 @@ def judge(model, processor, samples: list, mode: str, own: config.Evaluate, allo
 
 
 def read_split(split: str, settings: config.Settings, out: Path) -> list:
-    samples, limit = data.read_samples(out / "data" / f"{split}.jsonl"), settings.evaluate.test_pairs
+    file, limit = out / "data" / f"{split}.jsonl", settings.evaluate.test_pairs
+    samples = data.read_samples(file) if file.is_file() else []  # a test of one's own has no other splits beside it
     return [s for task in data.TASKS for s in [s for s in samples if s.task == task][: limit or None]]
 
 
@@ -104,15 +105,17 @@ def judge_checkpoint(stage: str, mode: str, settings: config.Settings, out: Path
         model, processor = M.load(config.checkpoint(stage, settings, out))
         rows = []
         for split in SPLITS:
-            samples = read_split(split, settings, out)
+            if not (samples := read_split(split, settings, out)):
+                continue
             orders = [False, True] if split == "test" else [False]
             asked = [(s.swapped() if swapped else s, swapped) for swapped in orders for s in samples]
             judged = judge(model, processor, [s for s, _ in asked], mode, settings.evaluate, allow_tie=split == "ties", label=f"{stage}, {mode}: {split}")
             rows += [{"split": split, "swapped": swapped} | row for row, (_, swapped) in zip(judged, asked)]
         data.write_jsonl(kept, rows)
-        made = {"state": state, "splits": {split: {scope: summarise([r for r in rows if r["split"] == split and scope in (r["task"], "all")])
-                                                   for scope in (*data.TASKS, "all")} for split in ("test", "heldout")}}
-        made["ties"] = tie_metrics([r for r in rows if r["split"] == "ties"])
+        made = {"state": state, "splits": {split: {scope: summarise(found) for scope in (*data.TASKS, "all")
+                                                   if (found := [r for r in rows if r["split"] == split and scope in (r["task"], "all")])}
+                                           for split in ("test", "heldout")}}
+        made["ties"] = tie_metrics(ties) if (ties := [r for r in rows if r["split"] == "ties"]) else {}
         config.write_text(mark, json.dumps(made, indent=1))
     return json.loads(mark.read_text())
 
@@ -131,8 +134,9 @@ def table(results: list) -> str:
     for split, title in (("test", "accuracy % on the test split, both orders, 95% interval"), ("heldout", "accuracy % on colour-shape pairs never trained on")):
         lines += [title, "  ".join([f"{'':<28}"] + [f"{head:>18}" for head in heads])]
         for row in results:
-            cells = [row["splits"][split][scope] for scope in (*data.TASKS, "all")]
-            lines.append("  ".join([f"{row['name']:<28}"] + [f"{percent(c['accuracy']):>5} [{percent(c['low']):>5},{percent(c['high']):>5}]".rjust(18) for c in cells]))
+            cells = [row["splits"][split].get(scope) for scope in (*data.TASKS, "all")]
+            shown = [f"{percent(c['accuracy']):>5} [{percent(c['low']):>5},{percent(c['high']):>5}]".rjust(18) if c else f"{'-':>18}" for c in cells]
+            lines.append("  ".join([f"{row['name']:<28}"] + shown))
         lines.append("")
     names = (("format_ok", "format"), ("sums_ok", "sums right"), ("consistent", "follows"), ("scores_right", "scores right"), ("facts_right", "facts right"),
              ("orders_agree", "orders agree"), ("first_chosen", "first chosen"), ("unreadable", "unreadable"))

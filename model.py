@@ -10,6 +10,8 @@ cache. `completion_logprobs(..., share_prompt=False)` is the plain form, one ful
 """
 
 import functools
+import re
+import struct
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,11 +19,12 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 import transformers
-from PIL import Image
+from PIL import Image, ImageOps, ImageSequence
 from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer
 from transformers.cache_utils import Cache, DynamicLayer
 
 import config
+import data
 
 transformers.utils.logging.disable_progress_bar()  # loading the small model takes less time than drawing the bar
 
@@ -149,13 +152,6 @@ def build_small(settings: config.Model, tokenizer) -> tuple:
 # ----------------------------------------------------------------------------------------------------- prompts to tensors
 
 
-def read_image(path: str) -> Image.Image:
-    try:
-        return Image.open(path).convert("RGB")
-    except (OSError, ValueError) as error:
-        raise config.UserError(f"cannot read image {path}: {error}")
-
-
 @functools.lru_cache(maxsize=65536)
 def small_patches(path: str, image_processor) -> tuple:
     """Patches of one file, kept because every epoch and every group asks for them again (24 KB each in the small world)."""
@@ -168,9 +164,9 @@ def encode_media(processor: Processor, part: dict) -> tuple:
     own layout with the second copy of a frame replaced by the next frame; an odd last frame is repeated."""
     if part["type"] == "image":
         return small_patches(part["image"], processor.image_processor)
-    frames = [small_patches(path, processor.image_processor) for path in part["video"]]
+    frames = [small_patches(path, processor.image_processor) for path in data.fit_clips([part["video"]], limits.frames)[0]]
     if len({tuple(grid.tolist()) for _, grid in frames}) != 1:
-        raise config.UserError(f"the frames of {part['video'][0]} ... differ in size")
+        raise config.UserError(f"the frames of {data.flat(part['video'])[0]} ... differ in size")
     frames += frames[-1:] * (len(frames) % 2)
     grid, size = frames[0][1], processor.image_processor.patch_size
     pairs = []
@@ -397,3 +393,58 @@ def completion_logprobs(model, processor: Processor, prompts: list, ids: torch.T
         log_p = (logits.float() / temperature).index_fill(-1, banned, float("-inf")).log_softmax(-1)
         entropy = -(log_p.exp() * log_p.nan_to_num(neginf=0.0)).sum(-1).masked_fill(~mask, 0.0)
     return logprobs, entropy
+
+
+# ------------------------------------------------------------------------------------------------------------------ media
+
+limits = config.Data()  # pixels and frames of what is shown in this process; config.main puts the run's own here
+MAX_FRAMES, VIDEO_FILES = 10_000, (".mp4", ".webm", ".mov", ".mkv", ".avi", ".m4v")  # five minutes at 30 a second; read by PyAV
+BROKEN = (OSError, ValueError, TypeError, LookupError, ArithmeticError, RuntimeError, SyntaxError, EOFError, struct.error, Image.DecompressionBombError)
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Upright by its EXIF orientation, 8 bits a channel, on white where it is transparent, at most limits.max_pixels."""
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I"):  # 16 bits; Pillow would show everything above 255 as white
+        image = image.convert("I").point(lambda value: value / 256).convert("L")
+    if image.has_transparency_data:
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
+    scale = min(1.0, (limits.max_pixels / (image.width * image.height)) ** 0.5)
+    return image.convert("RGB").resize([int(side * scale) or 1 for side in image.size], Image.Resampling.BICUBIC)
+
+
+def frames_of(path: str, wanted=()):
+    """For each frame of an image, animation or video file: the picture if its number is `wanted`, else None. Any fault is one line."""
+    video, broken = path.lower().endswith(VIDEO_FILES), BROKEN
+    try:
+        if video:
+            import av
+            broken += (av.FFmpegError,)
+        with av.open(path) if video else Image.open(path) as file:
+            if not video and (max(file.size) > 200 * min(file.size) or file.mode == "F"):  # the image processors, too, refuse such sides
+                raise ValueError(f"{file.width} x {file.height} pixels of mode {file.mode}; no side may be over 200 times the other, nor pixels floats")
+            for k, frame in enumerate(file.decode(video=0) if video else ImageSequence.Iterator(file)):
+                if k == MAX_FRAMES:
+                    raise ValueError(f"more than {MAX_FRAMES} frames; cut it, or give a list of frames")
+                yield None if k not in wanted else to_rgb(frame.to_image() if video else frame)
+    except ImportError:
+        raise config.UserError(f"{path}: video files need PyAV (pip install av); folders of frames and animated GIF, WebP and PNG do not")
+    except broken as error:
+        raise config.UserError(f"cannot read {path}: {error}")
+
+
+@functools.lru_cache(maxsize=4)
+def read_clip(path: str, count: int, max_pixels: int) -> tuple:
+    """(`count` frames spread evenly over a file, how many it has); kept, since its frames are asked for one by one."""
+    length = sum(1 for _ in frames_of(path))
+    wanted = data.spread(length, count) if length else []
+    made = dict(zip(range(max(wanted, default=-1) + 1), frames_of(path, wanted)))
+    return [made[k] for k in wanted], length
+
+
+def read_image(path: str) -> Image.Image:
+    """An image file, or a frame of a clip: "clip.gif#3of8" is the third of eight spread evenly over it."""
+    frame = re.fullmatch(r"(.+)#([0-9]+)of([0-9]+)", path)
+    if not frame and path.lower().endswith(VIDEO_FILES):
+        raise config.UserError(f"{path} is a video where an image belongs")
+    return read_clip(frame[1], int(frame[3]), limits.max_pixels)[0][int(frame[2]) - 1] if frame else next(frames_of(path, (0,)))

@@ -16,11 +16,12 @@ import io
 import json
 import math
 import sys
+import textwrap
 from html import escape
 from itertools import zip_longest
 from pathlib import Path
 
-from PIL import Image
+from PIL import Image, ImageDraw, ImageOps
 
 import config
 import data
@@ -188,24 +189,29 @@ def curves_section(out: Path) -> str:
 # ------------------------------------------------------------------------------------------------------- browser of pairs
 
 
-def picture(item) -> dict | None:
-    """One image, or the frames of a clip side by side, as a data URI with the width to show it at; None where it cannot be read."""
-    files = data.flat(item)
-    try:
-        frames = [Image.open(file).convert("RGB") for file in files[:: math.ceil(len(files) / FRAMES)]]
-    except OSError:
-        return None
+def strip(item) -> Image.Image:
+    """One image, or frames of a clip side by side, none larger than SIDE."""
+    import model as M  # here, because the page itself needs no torch
+
+    frames = [M.read_image(file) for file in (data.fit_clips([item], FRAMES)[0] if isinstance(item, list) else [item])]
     for frame in frames:
         frame.thumbnail((SIDE, SIDE))
-    width, height = sum(frame.width + 1 for frame in frames) - 1, max(frame.height for frame in frames)
-    strip, left, stream = Image.new("RGB", (width, height), (128, 128, 128)), 0, io.BytesIO()
-    for frame in frames:
-        strip.paste(frame, (left, 0))
-        left += frame.width + 1
-    kind = "png" if height <= 64 else "jpeg"  # a small picture is kept without loss and scaled up by a whole number
-    strip.save(stream, kind)
+    made = Image.new("RGB", (sum(frame.width + 1 for frame in frames) - 1, max(frame.height for frame in frames)), (128, 128, 128))
+    for k, frame in enumerate(frames):
+        made.paste(frame, (sum(before.width + 1 for before in frames[:k]), 0))
+    return made
+
+
+def picture(item) -> dict | None:
+    """A strip as a data URI with the width to show it at; None where it cannot be read."""
+    try:
+        made, stream = strip(item), io.BytesIO()
+    except config.UserError:
+        return None
+    kind = "png" if made.height <= 64 else "jpeg"  # a small picture is kept without loss and scaled up by a whole number
+    made.save(stream, kind)
     source = f"data:image/{kind};base64,{base64.b64encode(stream.getvalue()).decode()}"
-    return {"src": source, "width": width * (96 // height if kind == "png" else 1), "small": kind == "png"}
+    return {"src": source, "width": made.width * (96 // made.height if kind == "png" else 1), "small": kind == "png"}
 
 
 def said_by(judged: dict, sample: data.Sample) -> dict:
@@ -392,6 +398,44 @@ got there, and the pairs at the end let you see the judgements themselves.</p>
     (out / "evaluate").mkdir(parents=True, exist_ok=True)
     config.write_text(out / "evaluate" / "report.html", page)
     return out / "evaluate" / "report.html"
+
+
+# -------------------------------------------------------------------------------------------------- inspecting a data file
+
+
+def contact_sheet(samples: list, file: str) -> None:
+    """The pairs one under the other as a PNG: candidates side by side, videos as strips, and the text under them."""
+    sheet, top = Image.new("RGB", (960, (SIDE + 240) * len(samples)), "white"), 4
+    for sample in samples:
+        width = 960 // len(sample.media)
+        shots = [ImageOps.contain(strip(item), (width - 8, SIDE), Image.Resampling.NEAREST) for item in sample.media]
+        for k, shot in enumerate(shots):
+            sheet.paste(shot, (4 + k * width, top))
+        said = [f"{sample.id}  {sample.task}: {verdict(sample.task, sample.label)}", sample.prompt or sample.problem, *sample.answers]
+        lines, below = [line for text in said for line in textwrap.wrap(text, 160)[:4]], top + max(shot.height for shot in shots) + 4
+        ImageDraw.Draw(sheet).text((4, below), "\n".join(lines), "black", spacing=4)
+        top = below + 14 * len(lines) + 16
+    sheet.crop((0, 0, 960, top)).save(file, "png")
+
+
+def inspect(arguments: list) -> None:
+    """`python data.py inspect PATH`: bad rows; pairs, labels and median and longest text (in characters) per task; the first dozen as pictures."""
+    options, bad = dict(zip(arguments[1::2], arguments[2::2])), []
+    file, root = options.pop("--sheet", "contact_sheet.png"), options.pop("--image-root", None)
+    if options or len(arguments) % 2 == 0 or not Path(file).resolve().parent.is_dir():
+        raise config.UserError("python data.py inspect PATH [--sheet FILE.png, in a folder that exists] [--image-root FOLDER]")
+    read = lambda row, folder: data.usable(data.row_sample(row, Path(root or folder).resolve()), config.Data())
+    samples = data.read_rows(arguments[0], read, bad=bad, label="reading")
+    print("".join(f"bad row: {line}\n" for line in bad) + f"{arguments[0]}: {len(samples)} pairs, {len(bad)} bad rows")
+    print(f"{'':<20}" + "".join(f"{head:>10}" for head in ("pairs", "first", "second", "ties", "prompt", "longest", "answer", "longest")))
+    for task in dict.fromkeys(sample.task for sample in samples):
+        rows = [sample for sample in samples if sample.task == task]
+        lengths = [sorted(map(len, texts)) or ["-"] for texts in ([s.prompt or s.problem for s in rows], [text for s in rows for text in s.answers])]
+        cells = [len(rows)] + [sum(s.label == label for s in rows) for label in (1, 2, 0)] + [n for some in lengths for n in (some[len(some) // 2], some[-1])]
+        print(f"{task:<20}" + "".join(f"{cell:>10}" for cell in cells))
+    if samples:
+        contact_sheet(samples[:12], file)
+        print(f"the first {len(samples[:12])} of them: {file}")
 
 
 if __name__ == "__main__":

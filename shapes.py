@@ -276,6 +276,17 @@ def write_split(folder, split: str, plan: list, pool: list, rng: random.Random) 
     return made
 
 
+def draw_split(split: str, settings: config.Settings, folder) -> dict:
+    """One split of the small world as settings.data asks for it; returns {split: pairs}."""
+    made, every = settings.data, list(DIMENSIONS)
+    tasks, count, pool, tie_share = {
+        "distill": (["image_generation"], made.distill_pairs, SEEN, 0.0), "pool": (every, made.pool_pairs, SEEN, 0.0), "test": (every, made.test_pairs, SEEN, 0.0),
+        "heldout": (every, made.heldout_pairs, ALL, 0.0), "ties": (["image_generation", "video_generation"], made.tie_pairs, SEEN, 1 / 3)}[split]
+    rng = random.Random(f"{settings.run.seed}/{split}")
+    write_split(folder, split, [(task, k < count * tie_share) for task in tasks for k in range(count)], pool, rng)
+    return {split: len(tasks) * count}
+
+
 # --------------------------------------------------------------------------------------------------------------- practice
 # What the base model learns before it ever sees a chain of thought: naming, checking, rating one candidate, adding up, comparing, and
 # the bare verdict, on all four tasks. Each exercise is a contiguous piece of check, score, total, decide; none is the whole on any

@@ -424,10 +424,10 @@ def test_an_official_row_can_be_written_again_and_keeps_its_question(tmp_path):
 
 
 @pytest.mark.parametrize("lines, said", [
-    (['{"id": 1}', '{"id": '], "line 2"),
-    (['{"problem": "?", "images": []}'], "row 1.*image_generation"),  # no task, no verdict: the message lists the tasks
-    (['{"task": "image_generation", "prompt": "", "solution": "", "images": 3}'], "row 1"),
-    (['"only a string"'], "row 1"),
+    (['{"task": "image_generation", "prompt": ""}', '{"id": '], "line 2"),
+    (['{"problem": "?", "images": []}'], "line 1.*image_generation"),  # no task, no verdict: the message lists the tasks
+    (['{"task": "image_generation", "prompt": "", "solution": "", "images": 3}'], "line 1"),
+    (['"only a string"'], "line 1"),
     (["[1, 2"], "rows.jsonl"),
 ])
 def test_a_broken_row_is_an_error_that_names_it(tmp_path, lines, said):
