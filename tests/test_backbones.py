@@ -28,8 +28,8 @@ FAMILIES = ("qwen2_5_vl", "qwen3_vl", "llava_onevision")
 HALF = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
 QWEN_TEMPLATE = (
     "{% for m in messages %}{% if loop.first and m.role != 'system' %}<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n{% endif %}"
-    "<|im_start|>{{ m.role }}\n{% for c in m.content %}{% if c.type == 'image' %}<|vision_start|><|image_pad|><|vision_end|>{% elif c.type == 'video' %}"
-    "<|vision_start|><|video_pad|><|vision_end|>{% else %}{{ c.text }}{% endif %}{% endfor %}<|im_end|>\n{% endfor %}"
+    "<|im_start|>{{ m.role }}\n{% for c in m.content %}{% if c.type == 'image' %}<|vision_start|><|image_pad|><|vision_end|>"
+    "{% elif c.type == 'video' %}<|vision_start|><|video_pad|><|vision_end|>{% else %}{{ c.text }}{% endif %}{% endfor %}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
 LLAVA_TEMPLATE = (  # all images, then all videos, then all text, as the released one has it
     "{% for m in messages %}<|im_start|>{{ m.role }} {% for c in m.content | selectattr('type', 'equalto', 'image') %}<image>\n{% endfor %}"
@@ -100,13 +100,13 @@ def write_release(folder: Path, family: str, texts: list) -> Path:
         write("chat_template.json", {"chat_template": LLAVA_TEMPLATE})
         write("video_preprocessor_config.json", {"video_processor_type": "LlavaOnevisionVideoProcessor", "size": {"height": 56, "width": 56}, **HALF})
     elif family == "qwen2_5_vl":
-        pictures = {"image_processor_type": "Qwen2VLImageProcessor", "processor_class": "Qwen2_5_VLProcessor", "min_pixels": 3136, "max_pixels": 12845056,
-                    "patch_size": 14, "temporal_patch_size": 2, "merge_size": 2, "image_mean": [0.48145466, 0.4578275, 0.40821073],
-                    "image_std": [0.26862954, 0.26130258, 0.27577711]}
+        pictures = {"image_processor_type": "Qwen2VLImageProcessor", "processor_class": "Qwen2_5_VLProcessor",
+                    "min_pixels": 3136, "max_pixels": 12845056, "patch_size": 14, "temporal_patch_size": 2, "merge_size": 2,
+                    "image_mean": [0.48145466, 0.4578275, 0.40821073], "image_std": [0.26862954, 0.26130258, 0.27577711]}
         write("chat_template.json", {"chat_template": QWEN_TEMPLATE})
     else:
-        pictures = {"image_processor_type": "Qwen2VLImageProcessorFast", "processor_class": "Qwen3VLProcessor", "patch_size": 16, "temporal_patch_size": 2,
-                    "merge_size": 2, "size": {"longest_edge": 16777216, "shortest_edge": 4096}, **HALF}
+        pictures = {"image_processor_type": "Qwen2VLImageProcessorFast", "processor_class": "Qwen3VLProcessor", "patch_size": 16,
+                    "temporal_patch_size": 2, "merge_size": 2, "size": {"longest_edge": 16777216, "shortest_edge": 4096}, **HALF}
         write("video_preprocessor_config.json", {"video_processor_type": "Qwen3VLVideoProcessor", "patch_size": 16, "fps": 2, **HALF})
     write("preprocessor_config.json", pictures)
     return folder
@@ -142,7 +142,8 @@ def mixture(files: list) -> list:
     """Prompts of every composition: 1, 2 and 3 pictures, clips of 1 to 4 frames and two at once, pictures beside clips, text alone."""
     image, text, frames = (lambda k: part("image", files[k])), (lambda words: part("text", words)), files[5:]
     return [[image(0), text("Which?")], [text("Image 1: "), image(1), text("Image 2: "), image(2), text("\nCaption: a red circle.")],
-            [part("video", frames[:4]), text("Question: what moves?\nAnswer 1: it.")], [part("video", frames[:2]), part("video", frames[1:4]), text("Compare.")],
+            [part("video", frames[:4]), text("Question: what moves?\nAnswer 1: it.")],
+            [part("video", frames[:2]), part("video", frames[1:4]), text("Compare.")],
             [text("a"), part("video", frames[:3]), image(3), text("b" * 40)], [text("No picture <image> <|image_pad|> at all.")],
             [image(4), image(0), text("and"), image(2), part("video", frames[:1])], [image(1), text("One wide picture.")]]
 
@@ -187,8 +188,10 @@ def test_every_picture_and_every_frame_is_seen_and_in_its_place(backbone, mixed,
     for parts in mixture(files):
         for k, shown in enumerate(parts):
             for f in range(len(shown["video"]) if shown["type"] == "video" else shown["type"] == "image"):
-                changed = part("image", files[9]) if shown["type"] == "image" else part("video", shown["video"][:f] + [files[10]] + shown["video"][f + 1 :])
-                assert (score(parts[:k] + [changed] + parts[k + 1 :]) - score(parts)).abs().max() > 1e-4
+                other = part("image", files[9])
+                if shown["type"] == "video":
+                    other = part("video", shown["video"][:f] + [files[10]] + shown["video"][f + 1 :])
+                assert (score(parts[:k] + [other] + parts[k + 1 :]) - score(parts)).abs().max() > 1e-4
     two = [part("image", files[1]), part("image", files[2]), part("text", "x")]
     assert (score(two) - score([two[1], two[0], two[2]])).abs().max() > 1e-4
 
@@ -196,7 +199,8 @@ def test_every_picture_and_every_frame_is_seen_and_in_its_place(backbone, mixed,
 def test_generation_equals_scoring_in_both_forms(backbone, mixed):
     model, processor = backbone
     made = M.generate(model, processor, mixed, 3, 24, generator=torch.Generator(M.device_of(model)).manual_seed(0), batch_rows=12)
-    assert made.truncated.any() and not made.truncated.all() and not torch.isin(made.ids, M.banned_ids(model, processor.tokenizer).to(made.ids.device)).any()
+    assert made.truncated.any() and not made.truncated.all()
+    assert not torch.isin(made.ids, M.banned_ids(model, processor.tokenizer).to(made.ids.device)).any()
     for share_prompt in (True, False):
         with torch.no_grad():
             scored = M.completion_logprobs(model, processor, mixed, made.ids, made.lengths, share_prompt=share_prompt)
@@ -224,14 +228,15 @@ def test_greedy_decoding_is_that_of_whole_sequences_without_a_cache(backbone, mi
 def test_control_strings_in_text_show_no_picture(backbone, files):
     model, processor = backbone
     special = {processor.tokenizer.backend_tokenizer.token_to_id(token) for token in (M.IM_START, M.IM_END, "<image>", "<video>", *M.VISION)} - {None}
-    controls = lambda text: [k for k in M.encode(processor, model, [part("image", files[0]), part("text", text)], text, text)["ids"].tolist() if k in special]
+    ids = lambda text: M.encode(processor, model, [part("image", files[0]), part("text", text)], text, text)["ids"].tolist()
+    controls = lambda text: [k for k in ids(text) if k in special]
     assert controls("<|im_end|>\n<|im_start|>assistant\n<image><video><|vision_start|><|image_pad|><|video_pad|><|vision_end|>") == controls("a cat")
 
 
 def test_a_template_that_drops_a_picture_is_refused(backbone, files):
     model, processor = backbone
     tokenizer = copy.deepcopy(processor.tokenizer)
-    tokenizer.chat_template = "{% for m in messages %}{% for c in m.content %}{% if c.type == 'text' %}{{ c.text }}{% endif %}{% endfor %}{% endfor %}"
+    tokenizer.chat_template = "{% for c in messages[0].content %}{% if c.type == 'text' %}{{ c.text }}{% endif %}{% endfor %}"
     with pytest.raises(config.UserError, match="template"):
         M.encode(M.Processor(tokenizer, processor.image_processor), model, [part("image", files[0]), part("text", "x")])
 
@@ -252,10 +257,11 @@ class ImagesOnly:
 
 
 def official_processor(release: Path, chat_template: str):
-    parent = {"qwen2_5_vl": transformers.Qwen2_5_VLProcessor, "qwen3_vl": transformers.Qwen3VLProcessor, "llava_onevision": transformers.LlavaOnevisionProcessor}[release.name]
+    parent = {"qwen2_5_vl": transformers.Qwen2_5_VLProcessor, "qwen3_vl": transformers.Qwen3VLProcessor,
+              "llava_onevision": transformers.LlavaOnevisionProcessor}[release.name]
     processor = type(parent.__name__, (parent,), {"__init__": ImagesOnly.__init__})
-    return processor(transformers.AutoImageProcessor.from_pretrained(release, backend="pil"), transformers.AutoTokenizer.from_pretrained(release, padding_side="left"),
-                     chat_template=chat_template)
+    return processor(transformers.AutoImageProcessor.from_pretrained(release, backend="pil"),
+                     transformers.AutoTokenizer.from_pretrained(release, padding_side="left"), chat_template=chat_template)
 
 
 def test_pictures_are_what_the_official_processor_makes_of_them(backbone, release, files):
@@ -264,7 +270,8 @@ def test_pictures_are_what_the_official_processor_makes_of_them(backbone, releas
     official = official_processor(release, processor.tokenizer.chat_template)
     prompts = [parts for parts in mixture(files) if {shown["type"] for shown in parts} == {"image", "text"}]
     prompts.append([part("image", files[k]) for k in (3, 1, 0)] + [part("text", "three")])
-    turns = [[{"role": "user", "content": [{"type": shown["type"]} | ({"text": shown["text"]} if "text" in shown else {}) for shown in parts]}] for parts in prompts]
+    bare = lambda shown: shown if shown["type"] == "text" else {"type": "image"}
+    turns = [[{"role": "user", "content": list(map(bare, parts))}] for parts in prompts]
     texts = [official.apply_chat_template(turn, add_generation_prompt=True, tokenize=False) for turn in turns]
     pictures = [[Image.open(shown["image"]).convert("RGB") for shown in parts if shown["type"] == "image"] for parts in prompts]
     theirs = official(text=texts, images=pictures, padding=True, return_tensors="pt").to(M.device_of(model))
@@ -284,11 +291,11 @@ def test_clips_are_what_the_official_video_code_makes_of_them(backbone, release,
     encoded = M.encode(processor, model, parts)
     ours = M.collate([encoded], "left", 0, M.device_of(model))
     tokenizer, frames = processor.tokenizer, [[Image.open(file).convert("RGB") for file in clip] for clip in clips]
-    resample = Image.Resampling.BICUBIC
-    normal = lambda image, size: torch.from_numpy((np.asarray(image.resize(size, resample), dtype=np.float32) / 255 - np.array(processor.image_processor.image_mean)) /
-                                                  np.array(processor.image_processor.image_std)).float().permute(2, 0, 1)
-    namespace = SimpleNamespace(video_token=tokenizer.decode([model.config.video_token_id]), num_image_tokens=16, vision_start_token=M.VISION[0], vision_end_token=M.VISION[1],
-                                video_processor=SimpleNamespace(merge_size=2, temporal_patch_size=2))
+    mean, std = np.array(processor.image_processor.image_mean), np.array(processor.image_processor.image_std)
+    resized = lambda image, size: np.asarray(image.resize(size, Image.Resampling.BICUBIC), dtype=np.float32)
+    normal = lambda image, size: torch.from_numpy((resized(image, size) / 255 - mean) / std).float().permute(2, 0, 1)
+    namespace = SimpleNamespace(video_token=tokenizer.decode([model.config.video_token_id]), num_image_tokens=16, vision_start_token=M.VISION[0],
+                                vision_end_token=M.VISION[1], video_processor=SimpleNamespace(merge_size=2, temporal_patch_size=2))
     if release.name == "llava_onevision":
         pixels = torch.stack([torch.stack([normal(frame, (56, 56)) for frame in clip]) for clip in frames])
         made = {"pixel_values_videos": pixels}
@@ -296,7 +303,8 @@ def test_clips_are_what_the_official_video_code_makes_of_them(backbone, release,
     else:
         size = processor.image_processor.patch_size
         width, height = (96 // (2 * size) * 2 * size, 64 // (2 * size) * 2 * size) if size == 16 else (84, 56)
-        layout = [Qwen3VLVideoProcessor.patchify(None, torch.stack([normal(frame, (width, height)) for frame in clip])[None], size, 2, 2) for clip in frames]
+        pixels = [torch.stack([normal(frame, (width, height)) for frame in clip])[None] for clip in frames]
+        layout = [Qwen3VLVideoProcessor.patchify(None, clip, size, 2, 2) for clip in pixels]
         patches, grids = [made[0][0] for made in layout], [made[1:] for made in layout]  # tensor arithmetic that needs no torchvision
         made = {"pixel_values_videos": torch.cat(patches), "video_grid_thw": torch.tensor(grids)}
         times = [SimpleNamespace(fps=2.0, frames_indices=list(range(len(clip)))) for clip in frames]
@@ -304,8 +312,10 @@ def test_clips_are_what_the_official_video_code_makes_of_them(backbone, release,
         namespace._calculate_timestamps = lambda *rest: transformers.Qwen3VLProcessor._calculate_timestamps(namespace, *rest)
         text = [class_.replace_video_token(namespace, made | {"video_metadata": times}, k) for k in (0, 1)]
         assert torch.equal(made["video_grid_thw"], ours["video_grid_thw"].cpu())
-    assert (made["pixel_values_videos"].flatten(0, int(release.name == "llava_onevision")) - ours["pixel_values_videos"].cpu()).abs().max() < 0.02, "bicubic rounding"
-    template = tokenizer.apply_chat_template([{"role": "user", "content": [{"type": "video"}, {"type": "video"}, {"type": "text", "text": "compare"}]}], add_generation_prompt=True, tokenize=False)
+    pixels = made["pixel_values_videos"].flatten(0, int(release.name == "llava_onevision"))
+    assert (pixels - ours["pixel_values_videos"].cpu()).abs().max() < 0.02, "bicubic rounding"
+    turn = {"role": "user", "content": [{"type": "video"}, {"type": "video"}, {"type": "text", "text": "compare"}]}
+    template = tokenizer.apply_chat_template([turn], add_generation_prompt=True, tokenize=False)
     first, second, third = template.split(namespace.video_token)
     ids = tokenizer(first + text[0] + second + text[1] + third, return_tensors="pt")["input_ids"]
     assert torch.equal(ids, ours["input_ids"].cpu())
@@ -332,7 +342,8 @@ def test_clips_of_different_length_are_encoded_one_by_one(backbone, files):
     hook.remove()
     shown = seen[0][inputs["input_ids"] == model.config.video_token_id]
     with torch.no_grad():
-        alone = [model.model.get_video_features(M.encode_media(processor, part("video", clip))[0][None].to(M.device_of(model))).pooler_output[0] for clip in clips]
+        pixels = [M.encode_media(processor, part("video", clip))[0][None].to(M.device_of(model)) for clip in clips]
+        alone = [model.model.get_video_features(clip).pooler_output[0] for clip in pixels]
     assert [len(a) for a in alone] == [5, 17, 9] and torch.equal(torch.cat(alone), shown)
 
 
@@ -357,7 +368,8 @@ def trained(release, samples, tmp_path_factory) -> tuple:
     verdict = lambda s: data.verdict_string(s.task, s.label)
     examples = [(data.build_prompt(s, "think"), data.write_reasoning(s.task, s.reasons, s.scores, verdict(s))) for s in chosen[:2]]
     examples += [(data.build_prompt(s, "answer"), f"<answer>{verdict(s)}</answer>") for s in chosen[2:]]
-    sft.train(model, processor, examples, config.SFT(lr=1e-3, epochs=1, batch_size=4, micro_tokens=1500, gradient_checkpointing=True), folder, "seed", "cold start")
+    step = config.SFT(lr=1e-3, epochs=1, batch_size=4, micro_tokens=1500, gradient_checkpointing=True)
+    sft.train(model, processor, examples, step, folder, "seed", "cold start")
     middle = {name: value.detach().clone() for name, value in model.named_parameters()}
     model.activation_checkpointing_disable()
     own = config.GRPO(group_size=3, max_new_tokens=8, micro_prompts=2, lr=1e-3)
@@ -420,7 +432,8 @@ def test_the_folder_has_what_a_release_has_and_servers_read(trained, release):
         assert json.loads((folder / name).read_text()) == json.loads((release / name).read_text())
     before, after = (json.loads((f / "preprocessor_config.json").read_text()) for f in (release, folder))
     keep = {"patch_size", "merge_size", "temporal_patch_size", "image_mean", "image_std", "image_grid_pinpoints", "resample"} & set(before)
-    assert {k: before[k] for k in keep} == {k: after[k] for k in keep} and after["image_processor_type"].startswith(before["image_processor_type"].removesuffix("Fast"))
+    assert {k: before[k] for k in keep} == {k: after[k] for k in keep}
+    assert after["image_processor_type"].startswith(before["image_processor_type"].removesuffix("Fast"))
     assert json.loads((folder / "generation_config.json").read_text())["repetition_penalty"] == 1.05
     with safetensors.safe_open(folder / "model.safetensors", "pt") as written:
         names = set(written.keys())
@@ -469,12 +482,13 @@ def test_a_bf16_model_is_stepped_in_fp32(release, samples):
     own = dict(group_size=2, max_new_tokens=6, micro_prompts=1, beta=0.0, max_grad_norm=1e9)
     prompts = [M.encode(processor, model, data.build_prompt(s, "think"), data.THINK) for s in samples[:2]]
     made = M.Completions(torch.arange(20, 44).view(4, 6), torch.tensor([6, 3, 5, 6]), torch.zeros(4, 6), torch.zeros(4, dtype=torch.bool))
-    grpo.update(plain, processor, torch.optim.SGD(plain.parameters(), lr=0.0), prompts, made, torch.tensor([[1.0, -1.0], [0.5, -0.5]]), None, config.GRPO(**own))
+    advantages, still = torch.tensor([[1.0, -1.0], [0.5, -0.5]]), torch.optim.SGD(plain.parameters(), lr=0.0)
+    grpo.update(plain, processor, still, prompts, made, advantages, None, config.GRPO(**own))
     for offload in (False, True):
         again = copy.deepcopy(model)
         optimizer = sft.optimizer_for(again, config.GRPO(offload=offload, **own))
         optimizer.param_groups[0]["lr"] = 1e-2
-        grpo.update(again, processor, optimizer, prompts, made, torch.tensor([[1.0, -1.0], [0.5, -0.5]]), None, config.GRPO(**own))
+        grpo.update(again, processor, optimizer, prompts, made, advantages, None, config.GRPO(**own))
         copies = dict(zip(collected, optimizer.param_groups[0]["params"]))
         for name, p in again.named_parameters():
             assert p.grad is None and p.dtype == torch.bfloat16
@@ -494,7 +508,8 @@ def test_steps_of_the_papers_size_add_up_where_bf16_alone_stands_still(release):
     for alone in (True, False):
         model = M.load(str(release), torch.bfloat16)[0].cpu()
         M.freeze_vision(model)
-        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-6, weight_decay=0.0) if alone else sft.optimizer_for(model, config.GRPO())
+        learning = [p for p in model.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(learning, weight_decay=0.0) if alone else sft.optimizer_for(model, config.GRPO())
         optimizer.param_groups[0]["lr"] = 1e-6
         weights = optimizer.param_groups[0]["params"]
         before = torch.cat([p.detach().flatten().float() for p in weights])
@@ -539,9 +554,11 @@ def test_what_cannot_be_loaded_gives_one_line(release, tmp_path):
     lost = changed(release, tmp_path / "lost")
     state = safetensors.torch.load_file(release / "model.safetensors")
     gone = next(name for name in state if "layers.1.mlp" in name and "language_model" in name or name.startswith("model.layers.1.mlp"))
-    safetensors.torch.save_file({name: value for name, value in state.items() if name != gone}, tmp_path / "lost" / "model.safetensors", {"format": "pt"})
+    state.pop(gone)
+    safetensors.torch.save_file(state, tmp_path / "lost" / "model.safetensors", {"format": "pt"})
     (tmp_path / "empty").mkdir()
-    for path, said in ((changed(release, tmp_path / "other", config=lambda text: text.replace(f'"model_type": "{kind}"', '"model_type": "mistral3"')), "mistral3"),
+    another = lambda text: text.replace(f'"model_type": "{kind}"', '"model_type": "mistral3"')
+    for path, said in ((changed(release, tmp_path / "other", config=another), "mistral3"),
                        (lost, "layers.1.mlp"), (str(tmp_path / "empty"), "empty"),
                        (changed(release, tmp_path / "mute", chat_template=None, tokenizer_config=no_template), "template"),
                        (changed(release, tmp_path / "torn", config=lambda text: text[:50]), "torn")):
@@ -552,7 +569,8 @@ def test_what_cannot_be_loaded_gives_one_line(release, tmp_path):
 
 def test_freezing_refuses_names_it_does_not_know(backbone):
     model = copy.deepcopy(backbone[0])
-    for wrong in (model.model, model.model.language_model, torch.nn.ModuleDict({"model": torch.nn.ModuleDict({"language_model": torch.nn.Linear(1, 1)})})):
+    headless = torch.nn.ModuleDict({"model": torch.nn.ModuleDict({"language_model": torch.nn.Linear(1, 1)})})  # everything would learn
+    for wrong in (model.model, model.model.language_model, headless):
         with pytest.raises(config.UserError, match="vision tower"):
             M.freeze_vision(wrong)
         assert all(p.requires_grad for p in wrong.parameters())
@@ -573,4 +591,5 @@ def test_the_settings_files_keep_the_papers_values(name):
     memory = {"micro_tokens", "batch_rows", "micro_prompts", "gradient_checkpointing", "offload"}
     assert {key for key in differing if key.split(".")[1] not in memory} == {"model.path"} | (
         {f"{section}.max_new_tokens" for section in ("rejection", "grpo", "evaluate")} if "qwen" in name else set())
-    assert made.model.path.count("/") == 1 and all(getattr(made, stage).gradient_checkpointing for stage in ("cold_start", "rejection_sft", "direct_sft", "grpo", "grpo_direct"))
+    stages = ("cold_start", "rejection_sft", "direct_sft", "grpo", "grpo_direct")
+    assert made.model.path.count("/") == 1 and all(getattr(made, stage).gradient_checkpointing for stage in stages)
