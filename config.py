@@ -82,6 +82,8 @@ class SFT:
     max_grad_norm: float = setting(1.0, "gradients are scaled down to this norm")
     replay: float = setting(0.0, "practice examples of the base mixed in, per example of the stage's own; keeps direct answering alive")
     freeze_vision: bool = setting(True, "train the language model only")
+    gradient_checkpointing: bool = setting(False, "run layers again in backward instead of keeping activations: a third slower, less memory")
+    offload: bool = setting(False, "on a GPU: keep fp32 weights, gradients and Adam's moments in host memory")
 
 
 @dataclass
@@ -131,6 +133,9 @@ class GRPO:
     micro_prompts: int = setting(4, "groups per forward pass; changes memory and speed, never the result")
     max_grad_norm: float = setting(1.0, "gradients are scaled down to this norm")
     freeze_vision: bool = setting(True, "train the language model only")
+    batch_rows: int = setting(256, "completions decoded together")
+    gradient_checkpointing: bool = setting(False, "run layers again in backward instead of keeping activations, and prompts once per completion")
+    offload: bool = setting(False, "on a GPU: keep fp32 weights, gradients and Adam's moments in host memory")
 
 
 @dataclass
@@ -282,7 +287,7 @@ def join_processes() -> None:
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         import torch
 
-        torch.distributed.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+        torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
         if not is_main():
             sys.stdout = open(os.devnull, "w")
 

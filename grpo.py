@@ -28,7 +28,7 @@ import torch
 import config
 import data
 import model as M
-from sft import learning_rate
+from sft import learning_rate, optimizer_for
 
 # ---------------------------------------------------------------------------------------------------------- the mathematics
 
@@ -107,7 +107,7 @@ def rewards_of(text: str, sample: data.Sample, mode: str) -> dict:
 
 def rollout(model, processor, samples: list, own: config.GRPO, prompts: list) -> tuple:
     """G completions per prompt: (Completions, texts [P * G], {reward: [P, G]})."""
-    made = M.generate(model, processor, prompts, own.group_size, own.max_new_tokens, own.temperature, batch_rows=len(prompts) * own.group_size)
+    made = M.generate(model, processor, prompts, own.group_size, own.max_new_tokens, own.temperature, own.batch_rows)
     prefix = data.THINK if own.mode == "think" else ""
     texts = [prefix + processor.text(ids[:length]) for ids, length in zip(made.ids, made.lengths)]
     each = [rewards_of(text, samples[row // own.group_size], own.mode) for row, text in enumerate(texts)]
@@ -130,7 +130,7 @@ def update(model, processor, optimizer, prompts: list, made: M.Completions, adva
         loss.backward()
         metrics |= {"loss": loss.item(), "entropy": (entropy.sum() / mask.sum()).item()}
         totals = {name: totals.get(name, 0.0) + value for name, value in metrics.items()}
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), own.max_grad_norm)
+    norm = torch.nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], own.max_grad_norm)
     if not torch.isfinite(norm):
         raise config.UserError(f"the gradient is not finite; lower the learning rate (lr = {own.lr}) or raise beta")
     optimizer.step()
@@ -156,9 +156,7 @@ def run(stage: str, settings: config.Settings, folder: Path) -> str:
     start = config.checkpoint(own.start, settings, out)
     model, processor = M.load(start)
     reference = M.load(start)[0] if own.beta else None
-    if own.freeze_vision:
-        M.freeze_vision(model)
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.0, betas=(0.9, 0.99), weight_decay=0.0)
+    optimizer = optimizer_for(model, own)
     rng, order, first_rewards, last_rewards = random.Random(f"{settings.run.seed}/{stage}"), [], [], []
     for step in config.progress(range(own.steps), stage):
         while len(order) < own.prompts_per_step:

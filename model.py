@@ -1,6 +1,6 @@
 """The model: load or build it, turn prompts into tensors, sample from it, score what was sampled, save it.
 
-Any Qwen2.5-VL checkpoint runs through the same lines as the small one that is built here from a config. Two functions matter:
+Checkpoints of Qwen2.5-VL, Qwen3-VL and LLaVA-OneVision run through the same lines as the small one that is built here. Two functions matter:
 
     generate(...)             samples G completions per prompt and returns their ids, lengths and log-probabilities
     completion_logprobs(...)  scores the same ids, with gradients; log pi(y_t | x, y_<t) of GRPO's ratio and KL
@@ -10,18 +10,21 @@ cache. `completion_logprobs(..., share_prompt=False)` is the plain form, one ful
 """
 
 import functools
+import json
 import re
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 import transformers
 from PIL import Image, ImageOps, ImageSequence
-from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer
+from torch.utils.checkpoint import checkpoint
+from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer
 from transformers.cache_utils import Cache, DynamicLayer
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.utils import cached_file
 
 import config
 import data
@@ -31,12 +34,18 @@ transformers.utils.logging.disable_progress_bar()  # loading the small model tak
 IM_START, IM_END, PAD = "<|im_start|>", "<|im_end|>", "<|endoftext|>"
 VISION = ("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
 SENTINEL = "\ue000"  # stands for one piece of user text while the chat template is rendered
+BACKBONES = ("qwen2_5_vl", "qwen3_vl", "llava_onevision")
+LANGUAGE_WEIGHTS = ("model.language_model.", "lm_head.")
+VISION_WEIGHTS = ("model.visual.", "model.vision_tower.", "model.multi_modal_projector.", "model.image_newline")
+KEPT_FILES = ("processor_config.json", "video_preprocessor_config.json", "chat_template.json")  # of a real checkpoint, for other programs
 
 
 @dataclass
 class Processor:
     tokenizer: object
     image_processor: object
+    files: dict = field(default_factory=dict)  # {name: text} of KEPT_FILES
+    patches: dict = field(default_factory=dict)  # of image files, see image_patches
 
     def text(self, ids) -> str:
         return self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
@@ -46,38 +55,31 @@ def device_of(model) -> torch.device:
     return next(model.parameters()).device
 
 
-# -------------------------------------------------------------------------------------------------------------- processes
-
-
-def world() -> tuple:
-    """(rank, processes). Under torchrun every process holds the whole model and takes every n-th example of a batch; since denominators
-    count the whole batch, summed gradients are those of one process."""
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-
-
-def sum_gradients(model, loss: float) -> float:
-    """Adds up the gradients of all processes, in place, in one message; returns the summed loss."""
-    if world()[1] == 1:
-        return loss
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in parameters] + [torch.tensor([loss], device=device_of(model))])
-    dist.all_reduce(flat)
-    for p, gradient in zip(parameters, flat[:-1].split([p.numel() for p in parameters])):
-        p.grad = gradient.view_as(p)
-    return flat[-1].item()
-
-
 # ----------------------------------------------------------------------------------------------------------- load and save
 
 
 def load(path: str, dtype: torch.dtype | None = None) -> tuple:
-    """(model in eval mode, Processor) from a Hugging Face folder or hub name; fp32 on the CPU, where bf16 is far slower."""
+    """(model in eval mode, Processor) of one of BACKBONES, from a Hugging Face folder or hub name. bf16 on a GPU (sft.optimizer_for keeps fp32
+    weights beside it); fp32 on the CPU, where bf16 is far slower, and for small models, which gain nothing."""
     if not Path(path).is_dir() and Path(path).is_absolute():
         raise config.UserError(f"no model folder {path}")
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = AutoModelForImageTextToText.from_pretrained(path, dtype=dtype or torch.float32, attn_implementation="sdpa").to(device).eval()
-    # Without torchvision only the Pillow backend exists; its pixels are the same.
-    return model, Processor(AutoTokenizer.from_pretrained(path), AutoImageProcessor.from_pretrained(path, backend="pil"))
+    gpu, optional = torch.cuda.is_available(), {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
+    try:
+        kind = AutoConfig.from_pretrained(path)
+        if kind.model_type not in BACKBONES:
+            raise config.UserError(f"{path} is a {kind.model_type}; this project runs {', '.join(BACKBONES)}")
+        dtype = dtype or (torch.bfloat16 if gpu and kind.text_config.hidden_size >= 512 else torch.float32)
+        model, report = AutoModelForImageTextToText.from_pretrained(path, dtype=dtype, attn_implementation="sdpa", output_loading_info=True)
+        files = {name: Path(file).read_text(encoding="utf-8") for name in KEPT_FILES if (file := cached_file(path, name, **optional))}
+        tokenizer, image_processor = AutoTokenizer.from_pretrained(path), AutoImageProcessor.from_pretrained(path, backend="pil")  # no torchvision
+    except (OSError, ValueError) as error:
+        raise config.UserError(f"cannot load {path}: {str(error).strip().splitlines()[0]}")
+    tokenizer.chat_template = tokenizer.chat_template or json.loads(files.get("chat_template.json", "{}")).get("chat_template")
+    if report["missing_keys"] or not tokenizer.chat_template:
+        raise config.UserError(f"{path} lacks {', '.join(sorted(report['missing_keys'])[:1]) or 'a chat template'}; is the folder complete?")
+    if kind.model_type == "llava_onevision":
+        model.model.register_forward_pre_hook(llava_inputs, with_kwargs=True)
+    return model.to("cuda" if gpu else "cpu").eval(), Processor(tokenizer, image_processor, files)
 
 
 def save(model, processor: Processor, folder: Path, dtype: torch.dtype | None = None) -> None:
@@ -88,85 +90,47 @@ def save(model, processor: Processor, folder: Path, dtype: torch.dtype | None = 
     model.save_pretrained(folder, state_dict=state)
     processor.tokenizer.save_pretrained(folder)
     processor.image_processor.save_pretrained(folder)
+    for name, text in processor.files.items():
+        (Path(folder) / name).write_text(text, encoding="utf-8")
 
 
 def freeze_vision(model) -> None:
-    """Only the language model learns (paper, section 4.1); an error where the parameter names are not what is expected."""
-    frozen = [p for name, p in model.named_parameters() if ".visual." in f".{name}"]
-    if not frozen or len(frozen) == len(list(model.parameters())):
-        raise config.UserError(f"{type(model).__name__}: found {len(frozen)} vision parameters to freeze; this class names its vision tower otherwise")
-    for parameter in frozen:
-        parameter.requires_grad_(False)
-
-
-# ----------------------------------------------------------------------------------------------------- the small backbone
-
-
-def train_tokenizer(texts: list, vocab_size: int):
-    """Byte-level BPE on the project's own text: any string can be written with it, and words of the small world are one token each.
-    Candidates ("Image 1"), tags and numbers up to two digits stay whole: shorter sequences, and one token per number of a sum."""
-    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
-
-    core = Tokenizer(models.BPE())
-    words = Regex(r"</?(?:think|answer)>| ?(?:Image|Video|Answer) [12]|/10\)\.?|[0-9]{1,2}| ?\p{L}+| ?[^\s\p{L}\p{N}<]+|<|\s+")
-    core.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(words, "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
-    core.decoder = decoders.ByteLevel()
-    special = [PAD, IM_START, IM_END, *VISION]
-    core.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False))
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, eos_token=IM_END, pad_token=PAD, additional_special_tokens=special[1:2] + list(VISION))
-    tokenizer.chat_template = (
-        "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{% for part in message['content'] %}"
-        "{% if part['type'] == 'image' %}<|vision_start|><|image_pad|><|vision_end|>"
-        "{% elif part['type'] == 'video' %}<|vision_start|><|video_pad|><|vision_end|>"
-        "{% else %}{{ part['text'] }}{% endif %}{% endfor %}<|im_end|>\n{% endfor %}"
-        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-    )
-    return tokenizer
-
-
-def build_small(settings: config.Model, tokenizer) -> tuple:
-    """A Qwen2.5-VL of one to two million random weights, N(0, 1/sqrt(fan_in)): the usual 0.02 learns slowly at this width."""
-    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
-    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
-
-    ids = {name: tokenizer.convert_tokens_to_ids(token) for name, token in zip(("vision_start", "vision_end", "image", "video"), VISION)}
-    half = settings.hidden_size // settings.heads // 2
-    width, vision = settings.hidden_size, settings.vision_hidden_size
-    model = Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(
-        text_config=dict(vocab_size=len(tokenizer), hidden_size=width, intermediate_size=settings.intermediate_size, num_hidden_layers=settings.layers,
-                         num_attention_heads=settings.heads, num_key_value_heads=settings.heads, max_position_embeddings=4096, tie_word_embeddings=True,
-                         rope_parameters={"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [half - 2 * (half // 3), half // 3, half // 3]},
-                         bos_token_id=None, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id),
-        vision_config=dict(depth=settings.vision_layers, hidden_size=vision, intermediate_size=2 * vision, num_heads=4, patch_size=8, spatial_merge_size=2,
-                           temporal_patch_size=2, window_size=64, out_hidden_size=width, fullatt_block_indexes=[settings.vision_layers - 1], tokens_per_second=1),
-        image_token_id=ids["image"], video_token_id=ids["video"], vision_start_token_id=ids["vision_start"], vision_end_token_id=ids["vision_end"],
-        tie_word_embeddings=True))
-    for name, p in model.named_parameters():
-        if p.ndim > 1:
-            torch.nn.init.normal_(p, std=p[0].numel() ** -0.5)
-    processor = Qwen2VLImageProcessorPil(patch_size=8, merge_size=2, temporal_patch_size=2, min_pixels=16 * 16, max_pixels=512 * 512)
-    return model.eval(), Processor(tokenizer, processor)
+    """Only the language model learns (paper, section 4.1), neither vision tower nor projector; parameters named otherwise are an error."""
+    learns = {name: name.startswith(LANGUAGE_WEIGHTS) for name, _ in model.named_parameters() if name.startswith(LANGUAGE_WEIGHTS + VISION_WEIGHTS)}
+    if len(learns) < len(list(model.parameters())) or len(set(learns.values())) < 2:
+        raise config.UserError(f"{type(model).__name__}: parameters of the vision tower or the language model are named otherwise than was expected")
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(learns[name])
 
 
 # ----------------------------------------------------------------------------------------------------- prompts to tensors
 
 
-@functools.lru_cache(maxsize=65536)
-def small_patches(path: str, image_processor) -> tuple:
-    """Patches of one file, kept because every epoch and every group asks for them again (24 KB each in the small world)."""
-    made = image_processor(images=[read_image(path)], return_tensors="pt")
-    return made["pixel_values"], made["image_grid_thw"][0]
+def image_patches(processor: Processor, path: str, tiled: bool = True) -> tuple:
+    """(pixels, grid) of one file as its backbone takes them; a gigabyte is kept, as every epoch and every group asks for them again."""
+    if (path, tiled) not in processor.patches:
+        image = read_image(path)
+        made = processor.image_processor(images=[image] if tiled else [[image] * 2], return_tensors="pt")
+        if "image_sizes" in made:  # LLaVA: tiles [n, 3, height, width], (n, height, width of the image)
+            tiles = made["pixel_values"][0]
+            made = {"pixel_values": tiles, "image_grid_thw": F.pad(made["image_sizes"], (1, 0), value=len(tiles))}
+        if len(processor.patches) * made["pixel_values"].nbytes > 2**30:
+            processor.patches.clear()
+        processor.patches[path, tiled] = made["pixel_values"], made["image_grid_thw"][0]
+    return processor.patches[path, tiled]
 
 
-def encode_media(processor: Processor, part: dict) -> tuple:
+def encode_media(processor: Processor, part: dict, tiled: bool = True) -> tuple:
     """(patches [n, d], grid [3]) of one image or video. A video's frames are patchified two by two, which is the image processor's
     own layout with the second copy of a frame replaced by the next frame; an odd last frame is repeated."""
     if part["type"] == "image":
-        return small_patches(part["image"], processor.image_processor)
-    frames = [small_patches(path, processor.image_processor) for path in data.fit_clips([part["video"]], limits.frames)[0]]
+        return image_patches(processor, part["image"], tiled)
+    frames = [image_patches(processor, path) for path in part["video"]]
+    if hasattr(processor.image_processor, "image_grid_pinpoints"):
+        clip = torch.stack([tiles[0] for tiles, _ in frames])  # LLaVA: the first tile is the whole image in the size of a frame
+        return clip, torch.tensor([len(clip), *clip.shape[2:]])
     if len({tuple(grid.tolist()) for _, grid in frames}) != 1:
-        raise config.UserError(f"the frames of {data.flat(part['video'])[0]} ... differ in size")
+        raise config.UserError(f"the frames of {part['video'][0]} ... differ in size")
     frames += frames[-1:] * (len(frames) % 2)
     grid, size = frames[0][1], processor.image_processor.patch_size
     pairs = []
@@ -190,38 +154,34 @@ def encode(processor: Processor, model, parts: list, prefix: str = "", response:
     The chat template is rendered with a sentinel in the place of user text; template and user text are then tokenised apart, so user
     text cannot open a turn or add a placeholder. `prefix` is opened after the assistant's turn ("<think>"); `response`, for SFT, adds
     its tokens and EOS, and "prompt_length" says where they begin."""
-    tokenizer, vision = processor.tokenizer, model.config.vision_config
-    texts = iter([part["text"] for part in parts if part["type"] == "text"])
-    media = iter([encode_media(processor, part) for part in parts if part["type"] != "text"])
-    ids, types, grids, patches = [], [], {1: [], 2: []}, {1: [], 2: []}
+    tokenizer, kinds = processor.tokenizer, {model.config.image_token_id: 1, model.config.video_token_id: 2}
+    parts = [part | {"video": data.fit_clips([part["video"]], limits.frames)[0]} if part["type"] == "video" else part for part in parts]
+    texts, *media = ([part for part in parts if part["type"] == name] for name in ("text", "image", "video"))
+    tiled = model.config.model_type != "llava_onevision" or len(media[0]) == 1
+    ids, texts, grids, patches = [], iter(texts), {1: [], 2: []}, {1: [], 2: []}
     for piece in rendered_template(tokenizer, tuple(part["type"] for part in parts)):
         if piece == SENTINEL:
-            tokens = tokenize(tokenizer, next(texts), plain=True)
-            ids += tokens
-            types += [0] * len(tokens)
-        elif piece in (model.config.image_token_id, model.config.video_token_id):
-            kind = 1 if piece == model.config.image_token_id else 2
-            patch, grid = next(media)
-            count = int(grid.prod()) // vision.spatial_merge_size**2
-            ids += [piece] * count
-            types += [kind] * count
+            ids += tokenize(tokenizer, next(texts)["text"], plain=True)
+        elif kind := kinds.get(piece):
+            part = media[kind - 1][len(grids[kind])]  # LLaVA's template shows all images before all videos
+            patch, grid = encode_media(processor, part, tiled)
+            ids += placeholders(tokenizer, model, part, piece, grid)
             grids[kind].append(grid)
             patches[kind].append(patch)
         else:
             ids.append(piece)
-            types.append(0)
+    if [len(shown) for shown in grids.values()] != [len(given) for given in media]:
+        raise config.UserError("the chat template leaves out an image or a video of the prompt")
     tail = tokenize(tokenizer, prefix, plain=True)
     prompt_length = len(ids) + len(tail)
     if response is not None:
         tail = tail + tokenize(tokenizer, response, plain=True) + [tokenizer.eos_token_id]
-    ids, types = torch.tensor(ids + tail), torch.tensor(types + [0] * len(tail))
-    found = {1: torch.stack(grids[1]) if grids[1] else None, 2: torch.stack(grids[2]) if grids[2] else None}
-    if any(g is not None for g in found.values()):
-        positions = model.model.get_rope_index(ids[None], mm_token_type_ids=types[None], image_grid_thw=found[1], video_grid_thw=found[2])[0][:, 0]
-    else:
-        positions = torch.arange(len(ids)).expand(3, -1)
-    return {"ids": ids, "types": types, "positions": positions, "grids": found, "prompt_length": prompt_length,
-            "patches": {kind: torch.cat(p) if p else None for kind, p in patches.items()}}
+    ids, types = torch.tensor(ids + tail), torch.tensor([kinds.get(token, 0) for token in ids + tail])
+    grids, patches = ({k: join(found) if found else None for k, found in made.items()} for made, join in ((grids, torch.stack), (patches, torch.cat)))
+    positions = torch.arange(len(ids)).expand(3, -1)
+    if hasattr(model.model, "get_rope_index") and len(types.unique()) > 1:
+        positions = model.model.get_rope_index(ids[None], mm_token_type_ids=types[None], image_grid_thw=grids[1], video_grid_thw=grids[2])[0][:, 0]
+    return {"ids": ids, "types": types, "positions": positions, "grids": grids, "prompt_length": prompt_length, "patches": patches}
 
 
 @functools.lru_cache(maxsize=256)
@@ -277,14 +237,14 @@ class PromptCache(DynamicLayer):
 
 def banned_ids(model, tokenizer) -> torch.Tensor:
     """Tokens that are never sampled: a sampled placeholder would ask the next forward for an image that is not there."""
-    return torch.tensor(sorted({tokenizer.convert_tokens_to_ids(token) for token in VISION} | {model.config.image_token_id, model.config.video_token_id}))
+    find, own = tokenizer.backend_tokenizer.token_to_id, model.config
+    return torch.tensor(sorted({*map(find, VISION), own.image_token_id, own.video_token_id} - {None}))
 
 
 def token_logprobs(logits: torch.Tensor, ids: torch.Tensor, banned: torch.Tensor, temperature: float) -> torch.Tensor:
     """log softmax(logits / T) at `ids`, in fp32, without the banned tokens: exactly the distribution `generate` samples from.
     logits [..., V], ids [...] -> [...]"""
-    logits = logits.float() / temperature
-    logits = logits.index_fill(-1, banned, float("-inf"))
+    logits = (logits.float() / temperature).index_fill(-1, banned, float("-inf"))
     return logits.gather(-1, ids[..., None])[..., 0] - logits.logsumexp(-1)
 
 
@@ -309,7 +269,7 @@ def generate(model, processor: Processor, prompts: list, group_size: int = 1, ma
     Our own loop, since a checkpoint's generation_config.json can silently set top-k or a temperature near 0, and GRPO needs the
     log-probabilities of the very distribution that was sampled. Each prompt is run once and its cache repeated; rows that have ended
     are dropped from the batch as soon as a quarter of it has; prompts are batched by length."""
-    device, eos = device_of(model), processor.tokenizer.eos_token_id
+    device, eos = device_of(model.eval()), processor.tokenizer.eos_token_id
     banned = banned_ids(model, processor.tokenizer).to(device)
     total = len(prompts) * group_size
     ids = torch.full((total, max_new_tokens), processor.tokenizer.pad_token_id, device=device)
@@ -365,6 +325,8 @@ def completion_logprobs(model, processor: Processor, prompts: list, ids: torch.T
     device, tokenizer = device_of(model), processor.tokenizer
     banned = banned_ids(model, tokenizer).to(device)
     group_size, width = ids.shape[0] // len(prompts), ids.shape[1]
+    model.train(model.is_activation_checkpointing and torch.is_grad_enabled())  # layers are run again in training mode only; none has dropout
+    share_prompt = share_prompt and not model.training  # a layer that is run again keeps no cache
     mask = torch.arange(width, device=device) < lengths[:, None]
     if not share_prompt:
         prompts, group_size = [p for p in prompts for _ in range(group_size)], 1
@@ -386,13 +348,52 @@ def completion_logprobs(model, processor: Processor, prompts: list, ids: torch.T
                    "position_ids": torch.cat([inputs["position_ids"], positions], 2),
                    "mm_token_type_ids": F.pad(inputs["mm_token_type_ids"], (0, width))}
         logits = model(**inputs, use_cache=False, logits_to_keep=width + 1).logits[:, :-1]  # [B, T, V]
-    logprobs = token_logprobs(logits, ids, banned, temperature).masked_fill(~mask, 0.0)
+    # Row by row and anew in backward: at 152,000 entries, the fp32 copies of eight rows of 2,048 tokens would be 10 GB each.
+    rows = [checkpoint(token_logprobs, *row, banned, temperature, use_reentrant=False) for row in zip(logits, ids)]
+    logprobs = torch.stack(rows).masked_fill(~mask, 0.0)
     if not with_entropy:
         return logprobs
     with torch.no_grad():
-        log_p = (logits.float() / temperature).index_fill(-1, banned, float("-inf")).log_softmax(-1)
-        entropy = -(log_p.exp() * log_p.nan_to_num(neginf=0.0)).sum(-1).masked_fill(~mask, 0.0)
-    return logprobs, entropy
+        log_p = ((row.float() / temperature).index_fill(-1, banned, float("-inf")).log_softmax(-1) for row in logits)
+        entropy = torch.stack([-(p.exp() * p.nan_to_num(neginf=0.0)).sum(-1) for p in log_p])
+    return logprobs, entropy.masked_fill(~mask, 0.0)
+
+
+# ---------------------------------------------------------------------------------------------------------- real backbones
+
+
+def placeholders(tokenizer, model, part: dict, token: int, grid: torch.Tensor) -> list:
+    """Ids that stand for one image or video: `token` as often as it has features. Qwen3-VL shows a clip as pairs of frames, each between
+    markers and after its time, here at two frames a second, which is also the pace of Qwen2.5-VL's positions."""
+    vision, model_type, clip = model.config.vision_config, model.config.model_type, part["type"] == "video"
+    if model_type == "llava_onevision":  # counted by shaping empty features as the model will
+        empty = torch.zeros(grid[0], (vision.image_size // vision.patch_size) ** 2, 1)
+        if clip:
+            return [token] * (model.model.apply_pooling(empty)[..., 0].numel() + 1)
+        return [token] * len(model.model.pack_image_features([empty], grid[None, 1:], torch.zeros(1), model.config.vision_aspect_ratio)[0][0])
+    count = int(grid.prod()) // vision.spatial_merge_size**2
+    if model_type == "qwen2_5_vl" or not clip:
+        return [token] * count
+    ids, last = [], len(part["video"]) - 1
+    for frame in range(0, last + 1, 2):
+        ids += tokenize(tokenizer, f"<{(frame + min(frame + 1, last)) / 4:.1f} seconds>", plain=True)
+        ids += [model.config.vision_start_token_id] + [token] * (count // int(grid[0])) + [model.config.vision_end_token_id]
+    return ids
+
+
+def llava_inputs(module, args, inputs: dict) -> tuple:
+    """A hook that lets LLaVA-OneVision take what Qwen takes: positions are plain, tokens have no types, a grid is (tiles or frames, height, width).
+    One image is cut into tiles, several are a tile each. Clips are encoded one by one: transformers stacks them, at equal numbers of frames only."""
+    images, clips, at, _ = (inputs.pop(name, None) for name in ("image_grid_thw", "video_grid_thw", "position_ids", "mm_token_type_ids"))
+    inputs |= {"position_ids": at[0] if at is not None and at.ndim == 3 else at, "mm_encoder_outputs": {}}
+    if images is not None:
+        tiled, length = torch.unique_consecutive(images[:, 0] > 1, return_counts=True)
+        counts = sum([[1] * n if t else [n] for t, n in zip(tiled.tolist(), length.tolist())], [])  # 1: an image alone in its prompt
+        inputs["mm_encoder_outputs"]["image"] = module.get_image_features(inputs.pop("pixel_values"), images[:, 1:], batch_num_images=counts)
+    if clips is not None:
+        features = [module.get_video_features(clip[None]).pooler_output for clip in inputs.pop("pixel_values_videos").split(clips[:, 0].tolist())]
+        inputs["mm_encoder_outputs"]["video"] = BaseModelOutputWithPooling(pooler_output=torch.cat(features, 1))
+    return args, inputs
 
 
 # ------------------------------------------------------------------------------------------------------------------ media

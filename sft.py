@@ -22,6 +22,7 @@ import time
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 
 import config
@@ -46,6 +47,29 @@ def learning_rate(step: int, steps: int, peak: float, warmup: float) -> float:
     return peak * 0.5 * (1 + math.cos(math.pi * (step + 1 - rising) / max(1, steps + 1 - rising)))
 
 
+def optimizer_for(model, own, weight_decay: float = 0.0) -> torch.optim.AdamW:
+    """AdamW for what the settings `own` of a stage let learn. A bf16 model (on a GPU) gets fp32 copies, and these are optimised: at a step of
+    1e-6 most bf16 weights, good for three digits, would not move. Gradients are added up in fp32 while backward makes them; every step rounds
+    the copies back into the model, which so has the numerics it is served with. Bytes per learning parameter: 2 (bf16) + 4 (copy) + 4
+    (gradient) + 8 (moments) = 18 on the GPU; own.offload leaves 2 there and 16 in host memory, where the step is slower. fp32 weights under
+    autocast would take as much, and every sampled token would wait for all weights to be cast."""
+    if own.freeze_vision:
+        M.freeze_vision(model)
+    if own.gradient_checkpointing:
+        model.train().activation_checkpointing_enable()  # transformers runs layers again in training mode only; none has dropout
+    learning = [p for p in model.parameters() if p.requires_grad]
+    copies = [p.detach().to("cpu" if own.offload else p.device).float().requires_grad_() for p in learning if learning[0].dtype == torch.bfloat16]
+    optimizer = torch.optim.AdamW(copies or learning, lr=0.0, betas=(0.9, 0.99), weight_decay=weight_decay, fused=own.offload or None)
+    def collect(copy, parameter):
+        copy.grad = parameter.grad.to(copy.device, torch.float32) + (0.0 if copy.grad is None else copy.grad)
+        parameter.grad = None
+
+    for copy, parameter in zip(copies, learning):
+        parameter.register_post_accumulate_grad_hook(lambda parameter, copy=copy: collect(copy, parameter))
+    optimizer.register_step_post_hook(lambda *_: [parameter.data.copy_(copy) for copy, parameter in zip(copies, learning)])
+    return optimizer
+
+
 def response_mask(encoded: list, length: int) -> torch.Tensor:
     """[B, length] for right-padded rows: 1 on the response and its EOS."""
     position = torch.arange(length)
@@ -53,6 +77,23 @@ def response_mask(encoded: list, length: int) -> torch.Tensor:
 
 
 # --------------------------------------------------------------------------------------------------------------- the loop
+
+
+def world() -> tuple:
+    """(rank, processes). Under torchrun every process holds the whole model and takes every n-th example of a batch; since denominators
+    count the whole batch, summed gradients are those of one process."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def sum_gradients(parameters: list, loss: float) -> float:
+    """Adds up the gradients of all processes, in place, in one message; returns the summed loss."""
+    if world()[1] == 1:
+        return loss
+    flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in parameters] + [parameters[0].new_tensor([loss])])
+    dist.all_reduce(flat)
+    for p, gradient in zip(parameters, flat[:-1].split([p.numel() for p in parameters])):
+        p.grad = gradient.view_as(p)
+    return flat[-1].item()
 
 
 def encode_example(processor, model, example: tuple) -> dict:
@@ -76,12 +117,11 @@ def train(model, processor, examples: list, settings: config.SFT, folder: Path, 
     """Plain SFT of `model`, in place, on [(content parts, response)]; writes folder/metrics.jsonl."""
     if not examples:
         raise config.UserError(f"{label}: there is nothing to train on")
-    if settings.freeze_vision:
-        M.freeze_vision(model)
+    optimizer = optimizer_for(model, settings, settings.weight_decay)
+    learning = optimizer.param_groups[0]["params"]
     device, pad = M.device_of(model), processor.tokenizer.pad_token_id
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.0, betas=(0.9, 0.99), weight_decay=settings.weight_decay)
     steps = max(1, round(len(examples) * settings.epochs / settings.batch_size))
-    rng, order, started, (rank, processes) = random.Random(seed), [], time.time(), M.world()
+    rng, order, started, (rank, processes) = random.Random(seed), [], time.time(), world()
     for step in config.progress(range(steps), label):
         while len(order) < settings.batch_size:
             order += rng.sample(range(len(examples)), len(examples))
@@ -99,8 +139,8 @@ def train(model, processor, examples: list, settings: config.SFT, folder: Path, 
             loss = sft_loss(logits, inputs["input_ids"], response_mask(micro, logits.shape[1]).to(device), tokens)
             loss.backward()
             total += loss.item()
-        total = M.sum_gradients(model, total)
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), settings.max_grad_norm)
+        total = sum_gradients(learning, total)
+        norm = torch.nn.utils.clip_grad_norm_(learning, settings.max_grad_norm)
         optimizer.step()
         config.log(folder, {"phase": label, "step": step + 1, "loss": round(total, 5), "lr": rate, "grad_norm": round(norm.item(), 4), "tokens": tokens, "seconds": round(time.time() - started, 2)})
 
@@ -136,8 +176,8 @@ def build_base(settings: config.Settings, folder: Path) -> str:
     shapes.write_practice(folder, base.scenes, base.rows_per_scene, base.simple, random.Random(f"{settings.run.seed}/base"))
     config.wait_for_all()
     practice = data.read_conversations(folder / "practice.jsonl")
-    tokenizer = M.train_tokenizer([all_text(example) for example in practice], settings.model.vocab_size)
-    model, processor = M.build_small(settings.model, tokenizer)
+    tokenizer = shapes.train_tokenizer([all_text(example) for example in practice], settings.model.vocab_size)
+    model, processor = shapes.build_small(settings.model, tokenizer)
     skill, once = config.dataclasses.replace(base, epochs=1.0, lr=base.simple_lr), config.dataclasses.replace(base, epochs=1.0)
     phases = [(name, skill) for name, *_ in shapes.SKILLS] + [("practice", base), ("comparing", once), ("consolidation", base)]
     for phase, own in phases:

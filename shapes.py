@@ -29,9 +29,11 @@ import math
 import random
 
 import numpy as np
+import torch
 from PIL import Image, ImageDraw
 
 import config
+import model as M
 from data import (DIMENSIONS, STEPS, THINK, Sample, build_prompt, candidate_noun, is_generation, is_video, media_parts, sample_row,
                   steps_text, to_text, verdict_string, write_items, write_jsonl, write_totals)
 
@@ -400,3 +402,50 @@ def write_practice(folder, pairs: int, rows_per_pair: int, simple: int, rng: ran
             continue
         write_jsonl(folder / f"{file}.jsonl", ({"kind": kind, "conversations": [{"from": "human", "value": text}, {"from": "gpt", "value": response}], "images": images}
                                                for kind, (text, images), response in ((kind, to_text(parts), response) for kind, parts, response in written)))
+
+
+# ----------------------------------------------------------------------------------------------------- the small backbone
+
+
+def train_tokenizer(texts: list, vocab_size: int):
+    """Byte-level BPE on the project's own text: any string can be written with it, and words of the small world are one token each.
+    Candidates ("Image 1"), tags and numbers up to two digits stay whole: shorter sequences, and one token per number of a sum."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    core = Tokenizer(models.BPE())
+    words = Regex(r"</?(?:think|answer)>| ?(?:Image|Video|Answer) [12]|/10\)\.?|[0-9]{1,2}| ?\p{L}+| ?[^\s\p{L}\p{N}<]+|<|\s+")
+    core.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(words, "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    core.decoder = decoders.ByteLevel()
+    special = [M.PAD, M.IM_START, M.IM_END, *M.VISION]
+    core.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, eos_token=M.IM_END, pad_token=M.PAD, additional_special_tokens=special[1:2] + list(M.VISION))
+    tokenizer.chat_template = (
+        "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{% for part in message['content'] %}"
+        "{% if part['type'] != 'text' %}<|vision_start|><|{{ part['type'] }}_pad|><|vision_end|>{% else %}{{ part['text'] }}{% endif %}"
+        "{% endfor %}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
+    return tokenizer
+
+
+def build_small(settings: config.Model, tokenizer) -> tuple:
+    """A Qwen2.5-VL of one to two million random weights, N(0, 1/sqrt(fan_in)): the usual 0.02 learns slowly at this width."""
+    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+    ids = {name: tokenizer.convert_tokens_to_ids(token) for name, token in zip(("vision_start", "vision_end", "image", "video"), M.VISION)}
+    half = settings.hidden_size // settings.heads // 2
+    width, vision = settings.hidden_size, settings.vision_hidden_size
+    model = Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(
+        text_config=dict(vocab_size=len(tokenizer), hidden_size=width, intermediate_size=settings.intermediate_size, num_hidden_layers=settings.layers,
+                         num_attention_heads=settings.heads, num_key_value_heads=settings.heads, max_position_embeddings=4096, tie_word_embeddings=True,
+                         rope_parameters={"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [half - 2 * (half // 3), half // 3, half // 3]},
+                         bos_token_id=None, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id),
+        vision_config=dict(depth=settings.vision_layers, hidden_size=vision, intermediate_size=2 * vision, num_heads=4, patch_size=8, spatial_merge_size=2,
+                           temporal_patch_size=2, window_size=64, out_hidden_size=width, fullatt_block_indexes=[settings.vision_layers - 1], tokens_per_second=1),
+        image_token_id=ids["image"], video_token_id=ids["video"], vision_start_token_id=ids["vision_start"], vision_end_token_id=ids["vision_end"],
+        tie_word_embeddings=True))
+    for name, p in model.named_parameters():
+        if p.ndim > 1:
+            torch.nn.init.normal_(p, std=p[0].numel() ** -0.5)
+    processor = Qwen2VLImageProcessorPil(patch_size=8, merge_size=2, temporal_patch_size=2, min_pixels=16 * 16, max_pixels=512 * 512)
+    return model.eval(), M.Processor(tokenizer, processor)

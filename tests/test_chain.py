@@ -1,6 +1,7 @@
 """Every script end to end through its command line, on configs/smoke.toml, with real files and real processes."""
 
 import json
+import random
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +17,7 @@ import config
 import data
 import model as M
 import sft
+import shapes
 
 
 def script(*arguments) -> subprocess.CompletedProcess:
@@ -168,11 +170,9 @@ def test_the_shipped_base_has_the_figures_written_beside_it(tmp_path):
 
 
 def test_the_shipped_tokenizer_is_the_one_its_recipe_makes(tmp_path):
-    import random
 
-    import shapes
 
     settings = config.load_settings("small", [])
     shapes.write_practice(tmp_path, settings.base.scenes, settings.base.rows_per_scene, settings.base.simple, random.Random(f"{settings.run.seed}/base"))
-    tokenizer = M.train_tokenizer([sft.all_text(example) for example in data.read_conversations(tmp_path / "practice.jsonl")], settings.model.vocab_size)
+    tokenizer = shapes.train_tokenizer([sft.all_text(example) for example in data.read_conversations(tmp_path / "practice.jsonl")], settings.model.vocab_size)
     assert tokenizer.get_vocab() == M.load(str(ROOT / "configs" / "small-base"))[1].tokenizer.get_vocab()
