@@ -92,11 +92,10 @@ def ask(samples: list, own: config.Server, url: str, model: str, file: Path, mod
     shape = [url, model, checkpoint, mode, temperature, own.max_new_tokens, own.max_side]
     keys = [hashlib.sha256(json.dumps([shape, text, digests(files)]).encode()).hexdigest() for text, files in map(data.to_text, prompts)]
     limit = "max_completion_tokens" if "api.openai.com" in url else "max_tokens"  # other servers know the older name
-    request = {"model": model, "temperature": temperature, limit: own.max_new_tokens, "messages": []}
-    if checkpoint:  # vLLM's own: the whole distribution, as in model.generate, whatever generation_config.json says; and a turn already begun
-        begun = mode == "think"
-        request["messages"] = [{"role": "assistant", "content": data.THINK}] * begun
-        request["extra_body"] = {"top_p": 1, "top_k": -1, "repetition_penalty": 1, "add_generation_prompt": not begun, "continue_final_message": begun}
+    begun = [{"role": "assistant", "content": data.THINK}] if checkpoint and mode == "think" else []
+    request = {"model": model, "temperature": temperature, limit: own.max_new_tokens, "messages": begun}
+    if checkpoint:  # for vLLM: the whole distribution, as in model.generate, whatever generation_config.json says; and go on with a turn begun
+        request["extra_body"] = dict(top_p=1, top_k=-1, repetition_penalty=1, add_generation_prompt=not begun, continue_final_message=bool(begun))
     if config.is_main():
         fetch({key: (sample.id, parts) for key, sample, parts in zip(keys, samples, prompts)}, own, url, request, file, label)
     config.wait_for_all()
@@ -157,16 +156,16 @@ def answer(client, request: dict, own: config.Server, url: str) -> dict:
         try:
             body = json.loads(client.chat.completions.with_raw_response.create(**request).text)
             choice, usage = body["choices"][0], body.get("usage") or {}
-            refusal = choice["message"].get("refusal")
-            return {"text": str(refusal or choice["message"].get("content") or ""), "finish": "refusal" if refusal else str(choice.get("finish_reason")),
-                    "tokens_in": usage.get("prompt_tokens") or 0, "tokens_out": usage.get("completion_tokens", own.max_new_tokens) or 0}
-        except openai.APIStatusError as error:
+            refusal, content = choice["message"].get("refusal"), choice["message"].get("content")
+            finish = "refusal" if refusal else choice.get("finish_reason")
+            return {"text": str(refusal or content or ""), "finish": finish if str(finish) in UNFINISHED else "stop",
+                    "tokens_in": int(usage.get("prompt_tokens") or 0), "tokens_out": int(usage.get("completion_tokens", own.max_new_tokens) or 0)}
+        except openai.APIError as error:
             if error.code == "content_filter":  # some servers judge the prompt before they answer
                 return {"text": "", "finish": "content_filter", "tokens_in": 0, "tokens_out": 0}
-            key = f", the key is that of the environment variable {own.key_variable or '(none)'}" if error.status_code in (401, 403) else ""
-            raise config.UserError(f"{url} answers HTTP {error.status_code}{key}: {' '.join(error.message.split())[:300]}")
-        except openai.APIConnectionError as error:
-            raise config.UserError(f"{url}: {error}")
+            status = getattr(error, "status_code", "no answer")
+            key = f", with the key in the environment variable {own.key_variable or '(none)'}" if status in (401, 403) else ""
+            raise config.UserError(f"{url} ({status}{key}): {' '.join(error.message.split())[:300]}")
         except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
             time.sleep(min(60.0, 0.5 * 2.0**attempt))
     raise config.UserError(f"{url} answers, but not with a chat completion in JSON")
