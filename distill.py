@@ -83,12 +83,12 @@ def ask(samples: list, own: config.Server, url: str, model: str, file: Path, mod
         allow_tie: bool = False, label: str = "asking") -> list:
     """The reply of the model served as `model` at `url` to each of `samples`: rows with "text" and "finish" (stop, or a key of UNFINISHED).
 
-    Each reply is in `file` once it arrives, under a key of all that shapes it: server, model, sampling, prompt, bytes of the media. Whatever
+    Each reply is in `file` once it arrives, under a key of all that shapes it: server, model, sampling, prompt, pixels. Whatever
     ended a run, what is there is never paid for again; with anything changed it is asked anew. `checkpoint`, the fingerprint of one trained
     here, gives it the prompt it was trained on; others get the full prompt. rejection.py and evaluate.py ask for a checkpoint by the name of
     its stage, so serve it as: vllm serve runs/NAME/rejection_sft --served-model-name rejection_sft --port 8000"""
     prompts = [data.build_prompt(sample, mode, "short" if checkpoint else "full", allow_tie) for sample in samples]
-    digests = lambda files: [hashlib.sha256(Path(path).read_bytes()).hexdigest() for path in files]
+    digests = lambda files: [hashlib.sha256(b"%d %d " % image.size + image.tobytes()).hexdigest() for image in map(M.read_image, files)]
     shape = [url, model, checkpoint, mode, temperature, own.max_new_tokens, own.max_side]
     keys = [hashlib.sha256(json.dumps([shape, text, digests(files)]).encode()).hexdigest() for text, files in map(data.to_text, prompts)]
     limit = "max_completion_tokens" if "api.openai.com" in url else "max_tokens"  # other servers know the older name

@@ -379,7 +379,7 @@ def test_a_reply_is_reused_only_for_the_very_same_request(run_folder, serve, tmp
 
     def asked(changed=sample, model="some-model", url=server.url, temperature=1.0, checkpoint="", mode="think", **settings) -> int:
         before = len(server.seen)
-        server.samples = {(pixels(changed), changed.prompt): changed}
+        server.samples = {(pixels(changed), changed.prompt): changed} if Path(changed.media[0]).is_file() else {}
         reply, = distill.ask([changed], config.dataclasses.replace(own, **settings), url, model, file, mode, temperature, checkpoint)
         assert data.parse_answer(reply["text"], changed.task) == changed.label
         return len(server.seen) - before
@@ -398,6 +398,8 @@ def test_a_reply_is_reused_only_for_the_very_same_request(run_folder, serve, tmp
                    dict(changed=replace(sample, media=[str(tmp_path / "repainted.png"), sample.media[1]])), dict(changed=sample.swapped())):
         assert asked(**change) == 1 and asked(**change) == 0, change
     assert asked() == 0
+    with pytest.raises(config.UserError, match="nowhere.png"):
+        asked(replace(sample, media=[str(tmp_path / "nowhere.png"), sample.media[1]]))
     both = distill.ask([sample, sample], own, server.url, "some-model", file, temperature=1.0)  # the same request twice is one request
     assert both[0] == both[1]
 
