@@ -32,8 +32,13 @@ class UserError(Exception):
 # --------------------------------------------------------------------------------------------------------------- settings
 
 
-def setting(default, meaning: str):
-    return field(default=default, metadata={"help": meaning})
+def setting(default, meaning: str, shapes: bool = True):
+    return field(default=default, metadata={"help": meaning, "shapes": shapes})
+
+
+def shaping(section) -> dict:
+    """The settings that can change what a stage makes; a new value of another, such as a time limit, makes no finished stage stale."""
+    return {f.name: getattr(section, f.name) for f in dataclasses.fields(section) if f.metadata["shapes"]}
 
 
 @dataclass
@@ -97,12 +102,31 @@ class Base(SFT):
 
 
 @dataclass
-class Distill:
+class Server:  # how a served model is asked (distill.ask)
+    key_variable: str = setting("", "NAME of the environment variable that holds the server's key; empty sends none", shapes=False)
+    concurrency: int = setting(32, "requests under way at a time", shapes=False)
+    timeout: float = setting(300.0, "seconds until a request is given up and tried again", shapes=False)
+    retries: int = setting(8, "attempts after the first, with growing waits or those the server asks for", shapes=False)
+    max_cost, price_in, price_out, max_side = 0.0, 0.0, 0.0, 16384  # of one's own server: nothing to pay, and pictures as they are
+
+
+@dataclass
+class Distill(Server):
+    teacher: str = setting("scripted", "scripted, or the name of a served model (paper: gpt-4o)")
+    base_url: str = setting("https://api.openai.com/v1", "OpenAI-compatible server that has the teacher")
+    key_variable: str = setting("OPENAI_API_KEY", "NAME of the environment variable whose key is sent to base_url; empty sends none", shapes=False)
+    temperature: float = setting(1.0, "sampling temperature of a served teacher")
+    max_new_tokens: int = setting(2048, "longest reply")
+    max_side: int = setting(1024, "longer side of the pictures sent, in pixels; larger ones are scaled down")
+    max_cost: float = setting(20.0, "stop before all replies, those of earlier runs included, could cost more; 0 sets no limit", shapes=False)
+    price_in: float = setting(2.5, "price of a million prompt tokens, in the unit of max_cost (default: gpt-4o in US dollars)", shapes=False)
+    price_out: float = setting(10.0, "price of a million reply tokens, in the unit of max_cost (default: gpt-4o in US dollars)", shapes=False)
     error_rate: float = setting(0.1, "share of its judgements in which the scripted teacher scores a dimension wrongly")
 
 
 @dataclass
-class Rejection:
+class Rejection(Server):
+    endpoint: str = setting("", "server (vLLM: http://HOST:8000/v1) that has the judge under the name cold_start; empty runs it here", shapes=False)
     temperature: float = setting(1.0, "sampling temperature of the judge")
     max_new_tokens: int = setting(2048, "longest completion")
     batch_rows: int = setting(256, "completions decoded together")
@@ -139,7 +163,9 @@ class GRPO:
 
 
 @dataclass
-class Evaluate:
+class Evaluate(Server):
+    endpoint: str = setting("", "server (vLLM: http://HOST:8000/v1) of the checkpoints in `served`; empty runs all here", shapes=False)
+    served: str = setting("grpo", "stages, separated by commas, that endpoint serves under these names; the others are run here", shapes=False)
     max_new_tokens: int = setting(2048, "longest completion")
     batch_rows: int = setting(256, "completions decoded together")
     test_pairs: int = setting(0, "pairs per task used of each split; 0 takes all")
@@ -232,7 +258,7 @@ ROWS = [  # of the stage table, the paper's and one control: (name, checkpoint, 
 def fingerprint(stage: str, settings: Settings) -> str:
     """Changes when the settings of the stage or of anything it is made from change."""
     _, inputs, sections = STAGES[stage]
-    facts = [dataclasses.asdict(getattr(settings, section)) for section in sections] + [settings.run.seed] + [fingerprint(s, settings) for s in inputs]
+    facts = [shaping(getattr(settings, section)) for section in sections] + [settings.run.seed] + [fingerprint(s, settings) for s in inputs]
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -259,13 +285,14 @@ def plan(targets: list) -> list:
 
 
 def do_stage(stage: str, settings: Settings, out: Path, command: str) -> None:
-    """Runs one stage into an empty folder; done.json, written last, makes it count."""
+    """Runs one stage into an empty folder, but for replies that a server was asked for; done.json, written last, makes it count."""
     script, inputs, sections = STAGES[stage]
     print(f"\n== {stage}: python {script}.py {command} --stage {stage}", flush=True)
     started = time.time()
     folder = out / stage
     if is_main() and folder.exists() and stage != "evaluate":  # evaluate keeps its judgements and knows which of them are still valid
-        shutil.rmtree(folder)
+        for item in [item for item in folder.iterdir() if item.name != "replies.jsonl"]:
+            shutil.rmtree(item) if item.is_dir() else item.unlink()
     wait_for_all()
     folder.mkdir(parents=True, exist_ok=True)
     seed_everything(settings, stage)

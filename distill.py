@@ -4,16 +4,29 @@ Paper, section 4.1: about 10K image generation pairs go to GPT-4o; the 5.5K answ
 data. Image generation alone: the format is meant to carry over to the other tasks by itself (claim C4).
 
 Departure: (1) the teacher of the small world is a script that knows every scene, writes its reasoning from the known facts, and errs at
-a set rate, so that the filter has work to do. A teacher is any function (sample, rng) -> reply text.
+a set rate, so that the filter has work to do. The paper's teacher is one setting away; it is shown the pair and never the label.
 
     python distill.py --config small
+    OPENAI_API_KEY=... python distill.py --config small --distill.teacher gpt-4o --distill.max_cost 5
 """
 
+import base64
+import hashlib
+import io
+import json
+import os
 import random
+import threading
+import time
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+
+import openai
 
 import config
 import data
+import model as M
 
 
 def scripted_teacher(sample: data.Sample, rng: random.Random, error_rate: float) -> str:
@@ -44,17 +57,136 @@ def why_dropped(reply: str, sample: data.Sample) -> str | None:
 
 
 def run(stage: str, settings: config.Settings, folder: Path) -> str:
-    samples = data.read_samples(folder.parent / "data" / "distill.jsonl")
-    rng = random.Random(f"{settings.run.seed}/teacher")
-    kept, dropped = [], []
-    for sample in config.progress(samples, "teacher"):
-        reply = scripted_teacher(sample, rng, settings.distill.error_rate)
-        reason = why_dropped(reply, sample)
-        row = data.sft_row(sample, "think", reply)
+    own, samples = settings.distill, data.read_samples(folder.parent / "data" / "distill.jsonl")
+    rng, kept, dropped = random.Random(f"{settings.run.seed}/teacher"), [], []
+    if own.teacher == "scripted":
+        replies = [{"text": scripted_teacher(sample, rng, own.error_rate), "finish": "stop"} for sample in config.progress(samples, "teacher")]
+    else:
+        replies = ask(samples, own, own.base_url, own.teacher, folder / "replies.jsonl", temperature=own.temperature, label="teacher")
+    for sample, reply in zip(samples, replies):
+        text = reply["text"].strip()
+        reason = UNFINISHED.get(reply["finish"]) or why_dropped(text, sample)
+        row = data.sft_row(sample, "think", text)
         kept.append(row) if reason is None else dropped.append(row | {"dropped": reason})
     data.write_jsonl(folder / "kept.jsonl", kept)
     data.write_jsonl(folder / "dropped.jsonl", dropped)
-    return f"the teacher judged {len(samples)} image generation pairs, {len(kept)} agree with the label and are kept, {len(dropped)} dropped"
+    why = "".join(f"; {count} {reason}" for reason, count in Counter(row["dropped"] for row in dropped).items())
+    return f"the teacher judged {len(samples)} image generation pairs, {len(kept)} agree with the label and are kept, {len(dropped)} dropped{why}"
+
+
+# ------------------------------------------------------------------------------------------------------ asking a served model
+
+UNFINISHED = {"length": "truncated at max_new_tokens", "content_filter": "stopped by a content filter", "refusal": "refused"}
+
+
+def ask(samples: list, own: config.Server, url: str, model: str, file: Path, mode: str = "think", temperature: float = 0.0, checkpoint: str = "",
+        allow_tie: bool = False, label: str = "asking") -> list:
+    """The reply of the model served as `model` at `url` to each of `samples`: rows with "text" and "finish" (stop, or a key of UNFINISHED).
+
+    Each reply is in `file` once it arrives, under a key of all that shapes it: server, model, sampling, prompt, pixels. Whatever
+    ended a run, what is there is never paid for again; with anything changed it is asked anew. `checkpoint`, the fingerprint of one trained
+    here, gives it the prompt it was trained on; others get the full prompt. rejection.py and evaluate.py ask for a checkpoint by the name of
+    its stage, so serve it as: vllm serve runs/NAME/rejection_sft --served-model-name rejection_sft --port 8000"""
+    prompts = [data.build_prompt(sample, mode, "short" if checkpoint else "full", allow_tie) for sample in samples]
+    digests = lambda files: [hashlib.sha256(b"%d %d " % image.size + image.tobytes()).hexdigest() for image in map(M.read_image, files)]
+    shape = [url, model, checkpoint, mode, temperature, own.max_new_tokens, own.max_side]
+    keys = [hashlib.sha256(json.dumps([shape, text, digests(files)]).encode()).hexdigest() for text, files in map(data.to_text, prompts)]
+    limit = "max_completion_tokens" if "api.openai.com" in url else "max_tokens"  # other servers know the older name
+    begun = [{"role": "assistant", "content": data.THINK}] if checkpoint and mode == "think" else []
+    request = {"model": model, "temperature": temperature, limit: own.max_new_tokens, "messages": begun}
+    if checkpoint:  # for vLLM: the whole distribution, as in model.generate, whatever generation_config.json says; and go on with a turn begun
+        request["extra_body"] = dict(top_p=1, top_k=-1, repetition_penalty=1, add_generation_prompt=not begun, continue_final_message=bool(begun))
+    if config.is_main():
+        fetch({key: (sample.id, parts) for key, sample, parts in zip(keys, samples, prompts)}, own, url, request, file, label)
+    config.wait_for_all()
+    replies = {row["key"]: row for row in read_replies(file)}
+    return [replies[key] for key in keys]
+
+
+def read_replies(file: Path) -> list:
+    """Rows of a replies file; a last line that a killed process left torn is cut off, and so asked for again."""
+    file.touch()
+    os.truncate(file, file.read_bytes().rfind(b"\n") + 1)
+    return data.read_jsonl(file)
+
+
+def fetch(asked: dict, own: config.Server, url: str, request: dict, file: Path, label: str) -> None:
+    """Appends to `file` a row for each of `asked`, {key: (sample id, content parts)}, that it lacks; own.concurrency requests at a time.
+    After a problem, or when max_cost could be passed, nothing new is sent, but what is under way is waited for and kept."""
+    secret = os.environ.get(own.key_variable, "").strip()
+    if own.key_variable and not secret:
+        raise config.UserError(f"the environment variable {own.key_variable} is to hold the key of {url}, and is not set")
+    hide = lambda text: text.encode("utf-8", "replace").decode().replace(secret or "\0", "[key]")  # a server may send the key back
+    client = openai.OpenAI(base_url=url, api_key=secret or "none", max_retries=own.retries, timeout=own.timeout)
+    rows, problems, lock = read_replies(file), [], threading.Lock()
+    missing = dict.fromkeys(asked.keys() - {row["key"] for row in rows})
+    total = lambda name: sum(row[name] for row in rows)
+    reserve = lambda: own.concurrency * max([own.max_new_tokens * own.price_out / 1e6] + [row["cost"] for row in rows])  # for what is under way
+
+    def one(key: str) -> None:
+        sample, parts = asked[key]
+        if problems or own.max_cost and total("cost") + reserve() > own.max_cost:
+            return
+        try:
+            content = message_parts(parts, own.max_side, "extra_body" in request)
+            row = answer(client, request | {"messages": [{"role": "user", "content": content}] + request["messages"]}, own, url)
+        except config.UserError as error:
+            return problems.append(hide(f"sample {sample}: {error}"))
+        row |= {"key": key, "id": sample, "text": hide("".join(turn["content"] for turn in request["messages"]) + row["text"]),
+                "cost": (row["tokens_in"] * own.price_in + row["tokens_out"] * own.price_out) / 1e6}
+        with lock, open(file, "ab", buffering=0) as stream:
+            stream.write(json.dumps(row).encode() + b"\n")
+            os.fsync(stream.fileno())
+            rows.append(row)
+            del missing[key]
+            if len(missing) % (len(asked) // 100 + 1) == 0:
+                print(f"   {label}: {len(missing)} to go, {total('tokens_in')} + {total('tokens_out')} tokens, cost {total('cost'):.2f}", flush=True)
+
+    with ThreadPoolExecutor(own.concurrency) as pool:
+        list(pool.map(one, [key for key in asked if key in missing]))
+    if missing:
+        why = problems or [f"cost {total('cost'):.4f}, and {own.concurrency} requests may add {reserve():.4f}: raise max_cost ({own.max_cost})"]
+        raise config.UserError(f"{label}: {len(missing)} replies missing; {why[0]}. The rest is in {file}; the same command goes on")
+
+
+def answer(client, request: dict, own: config.Server, url: str) -> dict:
+    """One reply; it is data, and only parsed. The client itself tries again what may pass (429, 5xx, time limit, broken connection) after
+    growing waits or the server's Retry-After; an answer nobody can read is left to us. UserError when in vain and for what will not pass."""
+    for attempt in range(own.retries + 1):
+        try:
+            body = json.loads(client.chat.completions.with_raw_response.create(**request).text)
+            choice, usage = body["choices"][0], body.get("usage") or {}
+            refusal, content = choice["message"].get("refusal"), choice["message"].get("content")
+            finish = "refusal" if refusal else choice.get("finish_reason")
+            return {"text": str(refusal or content or ""), "finish": finish if str(finish) in UNFINISHED else "stop",
+                    "tokens_in": int(usage.get("prompt_tokens") or 0), "tokens_out": int(usage.get("completion_tokens", own.max_new_tokens) or 0)}
+        except openai.APIError as error:
+            if error.code == "content_filter":  # some servers judge the prompt before they answer
+                return {"text": "", "finish": "content_filter", "tokens_in": 0, "tokens_out": 0}
+            status = getattr(error, "status_code", "no answer")
+            key = f", with the key in the environment variable {own.key_variable or '(none)'}" if status in (401, 403) else ""
+            raise config.UserError(f"{url} ({status}{key}): {' '.join(error.message.split())[:300]}")
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+            time.sleep(min(60.0, 0.5 * 2.0**attempt))
+    raise config.UserError(f"{url} answers, but not with a chat completion in JSON")
+
+
+def message_parts(parts: list, max_side: int, trained_here: bool) -> list:
+    """Content parts as the API takes them: pictures as PNG data URLs (JPEG would add artefacts to what is judged) of at most `max_side`
+    pixels a side. A clip goes as its frames, one picture each; to a model trained here as one video, in the form vLLM reads frames."""
+    made = []
+    for part in parts:
+        pictures = []
+        for path in data.to_text([part])[1]:
+            image, buffer = M.read_image(path), io.BytesIO()
+            image.thumbnail((max_side, max_side))
+            image.save(buffer, "PNG")
+            pictures.append(base64.b64encode(buffer.getvalue()).decode())
+        if part["type"] == "video" and trained_here:
+            made.append({"type": "video_url", "video_url": {"url": "data:video/jpeg;base64," + ",".join(pictures)}})
+        else:
+            made += [{"type": "image_url", "image_url": {"url": f"data:image/png;base64,{picture}"}} for picture in pictures] or [part]
+    return made
 
 
 if __name__ == "__main__":

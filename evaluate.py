@@ -18,6 +18,7 @@ import numpy as np
 
 import config
 import data
+import distill
 import model as M
 
 SPLITS = ("test", "heldout", "ties")
@@ -72,13 +73,16 @@ def tie_metrics(rows: list) -> dict:
 
 
 def judge(model, processor, samples: list, mode: str, own: config.Evaluate, allow_tie: bool = False, label: str = "") -> list:
-    """Judges `samples` greedily, each in the order given; returns one row per sample."""
-    prefix = data.THINK if mode == "think" else ""
-    prompts = [M.encode(processor, model, data.build_prompt(s, mode, allow_tie=allow_tie), prefix) for s in samples]
-    made = M.generate(model, processor, prompts, max_new_tokens=own.max_new_tokens, temperature=0.0, batch_rows=own.batch_rows, label=label)
+    """Judges `samples` greedily, each in the order given; one row per sample. Without a processor `model` is the server: arguments of distill.ask."""
+    if processor is None:
+        texts = [reply["text"] for reply in distill.ask(samples, own, **model, mode=mode, allow_tie=allow_tie, label=label)]
+    else:
+        prefix = data.THINK if mode == "think" else ""
+        prompts = [M.encode(processor, model, data.build_prompt(s, mode, allow_tie=allow_tie), prefix) for s in samples]
+        made = M.generate(model, processor, prompts, max_new_tokens=own.max_new_tokens, temperature=0.0, batch_rows=own.batch_rows, label=label)
+        texts = [prefix + processor.text(ids[:length]) for ids, length in zip(made.ids, made.lengths)]
     rows = []
-    for sample, ids, length in zip(samples, made.ids, made.lengths):
-        text = prefix + processor.text(ids[:length])
+    for sample, text in zip(samples, texts):
         verdict = data.parse_verdict(text, sample.task)
         cells = [(d, k) for d in sample.scores for k in (1, 2)]
         got = lambda found, truth: np.mean([found.get(d, {}).get(k) == truth[d][k - 1] for d, k in cells]) if cells else None
@@ -100,9 +104,11 @@ def judge_checkpoint(stage: str, mode: str, settings: config.Settings, out: Path
     folder = out / "evaluate"
     folder.mkdir(parents=True, exist_ok=True)
     kept, mark = folder / f"{stage}-{mode}.jsonl", folder / f"{stage}-{mode}.json"
-    state = [config.made_by(s, out) for s in (stage, "data")] + [config.dataclasses.asdict(settings.evaluate)]
+    state = [config.made_by(s, out) for s in (stage, "data")] + [config.shaping(settings.evaluate)]
     if not mark.is_file() or json.loads(mark.read_text())["state"] != state:
-        model, processor = M.load(config.checkpoint(stage, settings, out))
+        model, processor = {"url": settings.evaluate.endpoint, "model": stage, "file": folder / "replies.jsonl", "checkpoint": state[0]}, None
+        if not settings.evaluate.endpoint or stage not in settings.evaluate.served.split(","):
+            model, processor = M.load(config.checkpoint(stage, settings, out))
         rows = []
         for split in SPLITS:
             if not (samples := read_split(split, settings, out)):

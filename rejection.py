@@ -13,18 +13,23 @@ from pathlib import Path
 
 import config
 import data
+import distill
 import model as M
 
 
 def run(stage: str, settings: config.Settings, folder: Path) -> str:
     own, out = settings.rejection, folder.parent
     samples = data.read_samples(out / "data" / "pool.jsonl")
-    model, processor = M.load(config.checkpoint("cold_start", settings, out))
-    prompts = [M.encode(processor, model, data.build_prompt(sample, "think"), data.THINK) for sample in samples]
-    made = M.generate(model, processor, prompts, max_new_tokens=own.max_new_tokens, temperature=own.temperature, batch_rows=own.batch_rows, label="judging the pool")
+    if own.endpoint:  # a large pool on a server: distill.ask says how to serve the checkpoint
+        texts = [reply["text"] for reply in distill.ask(samples, own, own.endpoint, "cold_start", folder / "replies.jsonl", "think", own.temperature,
+                                                        config.made_by("cold_start", out), label="judging the pool")]
+    else:
+        model, processor = M.load(config.checkpoint("cold_start", settings, out))
+        prompts = [M.encode(processor, model, data.build_prompt(sample, "think"), data.THINK) for sample in samples]
+        made = M.generate(model, processor, prompts, max_new_tokens=own.max_new_tokens, temperature=own.temperature, batch_rows=own.batch_rows, label="judging the pool")
+        texts = [data.THINK + processor.text(ids[:length]) for ids, length in zip(made.ids, made.lengths)]
     correct, wrong, counts = [], [], {task: {"pairs": 0, "correct": 0, "malformed": 0} for task in data.TASKS}
-    for sample, ids, length in zip(samples, made.ids, made.lengths):
-        text = data.THINK + processor.text(ids[:length])
+    for sample, text in zip(samples, texts):
         verdict = data.parse_verdict(text, sample.task)
         good = verdict.format_ok and verdict.answer == sample.label
         counts[sample.task]["pairs"] += 1

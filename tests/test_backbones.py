@@ -472,7 +472,7 @@ def test_a_bf16_model_is_stepped_in_fp32(release, samples):
     copies, rounded. With offload the same."""
     model, processor = M.load(str(release), torch.bfloat16)
     model = model.cpu()
-    before, found = {name: p.detach().clone() for name, p in model.named_parameters()}, {}
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
     assert {p.dtype for p in before.values()} == {torch.bfloat16}
     plain = copy.deepcopy(model)
     M.freeze_vision(plain)

@@ -170,8 +170,6 @@ def test_the_shipped_base_has_the_figures_written_beside_it(tmp_path):
 
 
 def test_the_shipped_tokenizer_is_the_one_its_recipe_makes(tmp_path):
-
-
     settings = config.load_settings("small", [])
     shapes.write_practice(tmp_path, settings.base.scenes, settings.base.rows_per_scene, settings.base.simple, random.Random(f"{settings.run.seed}/base"))
     tokenizer = shapes.train_tokenizer([sft.all_text(example) for example in data.read_conversations(tmp_path / "practice.jsonl")], settings.model.vocab_size)
