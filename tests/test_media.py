@@ -19,7 +19,6 @@ import config
 import data
 import model as M
 import report
-import shapes
 
 ROOT = Path(__file__).resolve().parent.parent
 
