@@ -209,7 +209,8 @@ def test_videogen_rewardbench_reads_the_overall_verdict_of_its_csv(tmp_path):
         table = csv.DictWriter(stream, ["path_A", "path_B", "A_model", "B_model", "prompt", "VQ", "MQ", "TA", "Overall"])
         table.writeheader()
         for overall in ("A", "B", "same", "?"):
-            table.writerow({"path_A": "videos/a/1.mp4", "path_B": "videos/b/1.mp4", "prompt": 'two\nlines, "quoted"', "VQ": "same", "Overall": overall})
+            sides = {"path_A": "videos/a/1.mp4", "path_B": "videos/b/1.mp4"}
+            table.writerow(sides | {"prompt": 'two\nlines, "quoted"', "VQ": "same", "Overall": overall})
     picture(tmp_path / "videos/a/1/1.png"), picture(tmp_path / "videos/b/1/1.png")
     samples, broken = evaluate.read_benchmark("videogen_rewardbench", [str(tmp_path)])
     assert [s.label for s in samples.values()] == [1, 2, 0] and len(broken) == 1 and "row 4" in broken[0]
@@ -253,7 +254,8 @@ def test_parquet_without_pyarrow_says_what_to_install(tmp_path):
 
 def test_bench_counts_broken_rows_resumes_whole_pairs_and_keeps_its_results(tmp_path, capsys):
     out = tmp_path / "results" / "vl.json"
-    line = ["bench", "--benchmark", "vl_rewardbench", "--path", vl_file(tmp_path), "--model", BASE, "--mode", "answer", "--max-new-tokens", 10, "--out", out]
+    line = ["bench", "--benchmark", "vl_rewardbench", "--path", vl_file(tmp_path), "--model", BASE, "--mode", "answer"]
+    line += ["--max-new-tokens", 10, "--out", out]
     run(*line)
     printed, first, kept = capsys.readouterr().out, json.loads(out.read_text()), out.with_suffix(".jsonl").read_text()
     assert "5 broken rows left out" in printed and printed.count("left out: ") == 5 == len(first["broken"])
@@ -317,7 +319,8 @@ def test_compare_refuses_different_pairs(tmp_path):
 
 def test_judge_on_the_command_line_prints_reasoning_table_and_verdict(world, samples):
     sample = next(s for s in samples if s.task == "image_generation")
-    line = [sys.executable, "evaluate.py", "judge", "--model", BASE, "--task", sample.task, "--prompt", sample.prompt, "--max-new-tokens", "160", *sample.media]
+    line = [sys.executable, "evaluate.py", "judge", "--model", BASE, "--task", sample.task, "--prompt", sample.prompt]
+    line += ["--max-new-tokens", "160", *sample.media]
     done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.startswith("<think>") and "Image 1   Image 2" in done.stdout and done.stdout.splitlines()[-1].startswith("verdict: ")
@@ -388,8 +391,8 @@ def test_rank_judges_every_pair_in_both_orders(pictures, capsys):
 @pytest.mark.parametrize("as_folder", [True, False])
 def test_video_understanding_takes_a_folder_or_the_frames(tmp_path, capsys, as_folder):
     frames = [picture(tmp_path / "clip" / f"{k}.png", 50 * k) for k in range(4)]
-    run("judge", "--model", BASE, "--task", "video_understanding", "--prompt", "What moves?", "--answer", "a square", "--answer", "a circle", "--json",
-        "--mode", "answer", "--max-new-tokens", 10, *([tmp_path / "clip"] if as_folder else frames))
+    run("judge", "--model", BASE, "--task", "video_understanding", "--prompt", "What moves?", "--answer", "a square", "--answer", "a circle",
+        "--json", "--mode", "answer", "--max-new-tokens", 10, *([tmp_path / "clip"] if as_folder else frames))
     pair = json.loads(capsys.readouterr().out)["pairs"][0]
     sample = data.Sample("", "video_understanding", "What moves?", [list(map(str, frames))], ["a square", "a circle"])
     alone = evaluate.judge_pairs(*M.load(BASE), [sample], "answer", orders=(False,), own=config.Evaluate(max_new_tokens=10))[0]
@@ -443,7 +446,8 @@ def test_a_prompt_file_replaces_the_text_in_the_order_shown(base, pictures, tmp_
     run("judge", "--model", BASE, "--task", sample.task, "--prompt", "what", "--answer", "a", "--answer", "b", "--prompt-file", tmp_path / "own.txt",
         "--mode", "answer", "--max-new-tokens", 10, "--json", pictures[0])
     own = json.loads(capsys.readouterr().out)["pairs"][0]["judgements"][0]["text"]
-    asked = [{"type": "image", "image": str(pictures[0])}, {"type": "text", "text": "Which is better, Answer 1 (a) or Answer 2 (b)? Answer directly."}]
+    asked = [{"type": "image", "image": str(pictures[0])}]
+    asked += [{"type": "text", "text": "Which is better, Answer 1 (a) or Answer 2 (b)? Answer directly."}]
     model, processor = base
     made = M.generate(model, processor, [M.encode(processor, model, asked)], max_new_tokens=10, temperature=0.0)
     assert own == processor.text(made.ids[0, : made.lengths[0]])
