@@ -212,7 +212,7 @@ def find_media(value, video: bool, root="", cache: Path | None = None):
     folder = path if path.is_dir() else path.with_suffix("")  # the frames of x.mp4 may stand in the folder x
     frames = [] if path.is_file() or not video else sorted(folder.glob("[!.]*.*"), key=lambda file: (len(file.name), file.name))
     for file in frames or [path]:
-        M.read_image(file)  # what is missing or unreadable is named now, not after an hour of judging
+        M.read_image(str(file))  # what is missing or unreadable is named now, not after an hour of judging
     return [str(file) for file in frames or [path]] if video else str(path)
 
 
