@@ -141,6 +141,17 @@ def direct_text(task: str, allow_tie: bool) -> str:
     return f"Which is better, {noun} 1 or {noun} 2{', or are both equally good' if allow_tie else ''}? Answer directly."
 
 
+def fill_template(template: str, sample: Sample, mode: str) -> str:
+    """A prompt text of the user's own (--prompt-file) for one pair, to be its `problem`: it follows the media and replaces all other text."""
+    values = {"noun": candidate_noun(sample.task), "prompt": sample.prompt, "dimensions": ", ".join(DIMENSIONS[sample.task]),
+              "verdicts": " or ".join(list(verdict_strings(sample.task))[: 2 if mode == "think" else 3])}
+    values |= {f"answer_{k}": answer for k, answer in enumerate(sample.answers, 1)}
+    try:
+        return template.format_map(values)
+    except (KeyError, ValueError, IndexError) as error:
+        raise config.UserError(f"prompt file: {error} is no placeholder of {sample.task}; there are {', '.join(values)}, and {{{{ for a brace")
+
+
 # -------------------------------------------------------------------------------------------------------------- reasoning
 
 

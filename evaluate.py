@@ -9,12 +9,23 @@ facts behind them right, do both orders agree. On the split with ties: diff = ac
 three-way accuracy, tau_calibrated = three-way accuracy when totals closer than the best threshold count as a tie (arXiv 2305.14324).
 
     python evaluate.py --config small
+    python evaluate.py bench --benchmark vl_rewardbench --path FILES_OR_FOLDER [--model CHECKPOINT] [--mode think|answer] [--out FILE.json]
+    python evaluate.py compare A.json B.json         two such files, or two of runs/NAME/evaluate/STAGE-MODE.json
+    python evaluate.py judge --task image_generation --prompt "a red square" [--votes K] [--rank] [--json] [--model CHECKPOINT] a.png b.png
+    python evaluate.py judge --task image_understanding --prompt "What is it?" --answer "a square" --answer "a circle" a.png
 """
 
+import argparse
+import csv
+import hashlib
 import json
+import math
+import re
+import sys
 from pathlib import Path
 
 import numpy as np
+import torch
 
 import config
 import data
@@ -26,27 +37,31 @@ SPLITS = ("test", "heldout", "ties")
 # ---------------------------------------------------------------------------------------------------------------- metrics
 
 
-def interval(values: np.ndarray, seed: int = 0, draws: int = 1000) -> tuple:
-    """95% percentile bootstrap interval of the mean of `values` [pairs]."""
-    means = np.random.default_rng(seed).choice(values, size=(draws, len(values))).mean(1)
-    return float(np.percentile(means, 2.5)), float(np.percentile(means, 97.5))
+def interval(values: np.ndarray, seed: int = 0, draws: int = 1000) -> dict:
+    """{"low", "high"}: 95% percentile bootstrap interval of the mean of `values` [pairs]; of [choices, pairs], a resample takes its best choice."""
+    values = np.atleast_2d(values)
+    taken = np.random.default_rng(seed).choice(values.shape[1], size=(draws, values.shape[1]))
+    means = np.max([row[taken].mean(1) for row in values], axis=0)
+    return {name: round(float(np.percentile(means, q)), 4) for name, q in (("low", 2.5), ("high", 97.5))}
+
+
+def pair_scores(rows: list) -> dict:
+    """{id: share of its judgements that are right}: where both orders of a pair were judged they count as one pair."""
+    right = {}
+    for row in rows:
+        right.setdefault(row["id"], []).append(row["answer"] == row["label"])
+    return {key: float(np.mean(values)) for key, values in right.items()}
 
 
 def summarise(rows: list) -> dict:
-    """Metrics of the judgements of one task (or of all) on one split; where both orders of a pair were judged they count as one pair."""
-    right = [row["answer"] == row["label"] for row in rows]
-    pairs = {}
-    for row, ok in zip(rows, right):
-        pairs.setdefault(row["id"], []).append((ok, row))
-    by_pair = np.array([np.mean([ok for ok, _ in both]) for both in pairs.values()])
-    low, high = interval(by_pair)
-    share = lambda values: round(float(np.mean(list(values))), 4)
-    flip = {1: 2, 2: 1}
-    made = {"accuracy": share(by_pair), "low": round(low, 4), "high": round(high, 4), "pairs": len(pairs), "unreadable": share(row["answer"] is None for row in rows),
+    """Metrics of the judgements of one task (or of all) on one split."""
+    right, by_pair = [row["answer"] == row["label"] for row in rows], np.array(list(pair_scores(rows).values()))
+    share, flip = lambda values: round(float(np.mean(list(values))), 4), {1: 2, 2: 1}
+    made = {"accuracy": share(by_pair), **interval(by_pair), "pairs": len(by_pair), "unreadable": share(row["answer"] is None for row in rows),
             "first_chosen": share(row["answer"] == 1 for row in rows)}
-    if any(row["swapped"] for row in rows):
-        answers = [[row["answer"] for _, row in both] for both in pairs.values()]
-        made["orders_agree"] = share(one is not None and flip.get(one, one) == other for one, other in answers)
+    given, turned = ({row["id"]: row["answer"] for row in rows if row["swapped"] == swapped} for swapped in (False, True))
+    if both := given.keys() & turned.keys():
+        made["orders_agree"] = share(given[k] is not None and flip.get(given[k], given[k]) == turned[k] for k in both)
     if rows[0]["mode"] == "think":
         made |= {name: share(row[name] for row in rows) for name in ("format_ok", "sums_ok", "consistent")}
         if all(row["scores_right"] is not None for row in rows):  # the truth is known in the small world only
@@ -57,38 +72,44 @@ def summarise(rows: list) -> dict:
 
 
 def tie_metrics(rows: list) -> dict:
-    """diff, tau and tau_calibrated of judgements on a split with ties. `margin`, the stated totals' difference, is None in direct mode."""
-    label, answer = [r["label"] for r in rows], [r["answer"] for r in rows]
-    made = {"diff": np.mean([a == b for a, b in zip(label, answer) if a != 0]), "tau": np.mean([a == b for a, b in zip(label, answer)])}
-    if any(row["margin"] is not None for row in rows):
-        best = 0.0
-        for threshold in sorted({abs(row["margin"]) for row in rows if row["margin"] is not None} | {-1.0}):
-            guess = [None if row["margin"] is None else 0 if abs(row["margin"]) <= threshold else 1 if row["margin"] > 0 else 2 for row in rows]
-            best = max(best, np.mean([a == b for a, b in zip(label, guess)]))
-        made["tau_calibrated"] = best
-    return {name: round(float(value), 4) for name, value in made.items()}
+    """Metrics of judgements with ties: "diff" and "tau" as `summarise` gives them, "tau_calibrated" where totals were stated (think mode)."""
+    made = {name: summarise(some) for name, some in (("diff", [row for row in rows if row["label"] != 0]), ("tau", rows)) if some}
+    margins = [None if row["answer"] is None else row["margin"] for row in rows]  # what cannot be read is wrong, whatever its totals
+    if any(margin is not None for margin in margins):
+        guess = lambda margin, threshold: None if margin is None else 0 if abs(margin) <= threshold else 1 if margin > 0 else 2
+        thresholds = {abs(margin) for margin in margins if margin is not None} | {0.0}
+        fits = [[float(guess(margin, threshold) == row["label"]) for margin, row in zip(margins, rows)] for threshold in thresholds]
+        _, pair, count = np.unique([row["id"] for row in rows], return_inverse=True, return_counts=True)
+        by_pair = np.array([np.bincount(pair, fit) / count for fit in fits])  # [thresholds, pairs]
+        made["tau_calibrated"] = {"accuracy": round(float(by_pair.mean(1).max()), 4), **interval(by_pair)}
+    return made
 
 
 # ---------------------------------------------------------------------------------------------------------------- judging
 
 
-def judge(model, processor, samples: list, mode: str, own: config.Evaluate, allow_tie: bool = False, label: str = "") -> list:
-    """Judges `samples` greedily, each in the order given; one row per sample. Without a processor `model` is the server: arguments of distill.ask."""
+def judge(model, processor, samples: list, mode: str, own: config.Evaluate, allow_tie: bool = False, label: str = "", orders: tuple = (False,),
+          style: str = "short", template: str = "", votes: int = 0) -> list:
+    """Judges each of `samples` in each of `orders` (False: as given, True: swapped), greedily or `votes` times at temperature 1; one row per
+    judgement, those of a sample together. `template` replaces the text of the prompt. Without a processor `model` is the server: arguments of
+    distill.ask, which answers once."""
+    prefix, repeats = data.THINK if mode == "think" else "", votes or 1
+    asked = [(s.swapped() if swapped else s, swapped) for s in samples for swapped in orders]
+    shown = [config.dataclasses.replace(s, problem=data.fill_template(template, s, mode)) if template else s for s, _ in asked]
     if processor is None:
-        texts = [reply["text"] for reply in distill.ask(samples, own, **model, mode=mode, allow_tie=allow_tie, label=label)]
+        texts = [reply["text"] for reply in distill.ask(shown, own, **model, mode=mode, allow_tie=allow_tie, label=label)]
     else:
-        prefix = data.THINK if mode == "think" else ""
-        prompts = [M.encode(processor, model, data.build_prompt(s, mode, allow_tie=allow_tie), prefix) for s in samples]
-        made = M.generate(model, processor, prompts, max_new_tokens=own.max_new_tokens, temperature=0.0, batch_rows=own.batch_rows, label=label)
+        prompts = [M.encode(processor, model, data.build_prompt(s, mode, style, allow_tie), prefix) for s in shown]
+        made = M.generate(model, processor, prompts, repeats, own.max_new_tokens, 1.0 if votes else 0.0, batch_rows=own.batch_rows, label=label)
         texts = [prefix + processor.text(ids[:length]) for ids, length in zip(made.ids, made.lengths)]
     rows = []
-    for sample, text in zip(samples, texts):
+    for (sample, swapped), text in zip([one for one in asked for _ in range(repeats)], texts):
         verdict = data.parse_verdict(text, sample.task)
         cells = [(d, k) for d in sample.scores for k in (1, 2)]
         got = lambda found, truth: np.mean([found.get(d, {}).get(k) == truth[d][k - 1] for d, k in cells]) if cells else None
-        rows.append({"id": sample.id, "task": sample.task, "mode": mode, "label": sample.label, "answer": verdict.answer, "text": text,
-                     "format_ok": verdict.format_ok, "sums_ok": verdict.sums_ok, "consistent": verdict.consistent,
-                     "margin": verdict.totals[1] - verdict.totals[2] if len(verdict.totals) == 2 else None,
+        rows.append({"id": sample.id, "swapped": swapped, "task": sample.task, "mode": mode, "label": sample.label, "answer": verdict.answer,
+                     "text": text, "format_ok": verdict.format_ok, "sums_ok": verdict.sums_ok, "consistent": verdict.consistent,
+                     "totals": verdict.totals, "margin": verdict.totals[1] - verdict.totals[2] if len(verdict.totals) == 2 else None,
                      "scores_right": got(verdict.scores, sample.scores), "facts_right": got(verdict.reasons, sample.reasons), "scores": verdict.scores, "truth": sample.scores})
     return rows
 
@@ -113,15 +134,15 @@ def judge_checkpoint(stage: str, mode: str, settings: config.Settings, out: Path
         for split in SPLITS:
             if not (samples := read_split(split, settings, out)):
                 continue
-            orders = [False, True] if split == "test" else [False]
-            asked = [(s.swapped() if swapped else s, swapped) for swapped in orders for s in samples]
-            judged = judge(model, processor, [s for s, _ in asked], mode, settings.evaluate, allow_tie=split == "ties", label=f"{stage}, {mode}: {split}")
-            rows += [{"split": split, "swapped": swapped} | row for row, (_, swapped) in zip(judged, asked)]
+            orders = (False, True) if split == "test" else (False,)
+            judged = judge(model, processor, samples, mode, settings.evaluate, split == "ties", f"{stage}, {mode}: {split}", orders)
+            rows += [{"split": split} | row for row in judged]
         data.write_jsonl(kept, rows)
         made = {"state": state, "splits": {split: {scope: summarise(found) for scope in (*data.TASKS, "all")
                                                    if (found := [r for r in rows if r["split"] == split and scope in (r["task"], "all")])}
                                            for split in ("test", "heldout")}}
-        made["ties"] = tie_metrics(ties) if (ties := [r for r in rows if r["split"] == "ties"]) else {}
+        ties = [r for r in rows if r["split"] == "ties"]
+        made["ties"] = {name: cell["accuracy"] for name, cell in tie_metrics(ties).items()} if ties else {}
         config.write_text(mark, json.dumps(made, indent=1))
     return json.loads(mark.read_text())
 
@@ -178,5 +199,244 @@ def run(stage: str, settings: config.Settings, folder: Path) -> str:
     return f"{len(results)} rows"
 
 
+# ------------------------------------------------------------------------------------------------------------- benchmarks
+
+BENCHMARKS = {  # the released layouts: (task, keys of the prompt, the media, the answers and the label); "|" between spellings of one key
+    "vl_rewardbench": ("image_understanding", "query", ["image"], "response", "human_ranking"),  # JSON or parquet
+    "genai_image": ("image_generation", "prompt", ["left_image|image_left", "right_image|image_right"], "", "vote_type"),  # parquet
+    "genai_video": ("video_generation", "prompt", ["left_video|video_left", "right_video|video_right"], "", "vote_type"),  # JSON or parquet
+    "videogen_rewardbench": ("video_generation", "prompt", ["path_A", "path_B"], "", "Overall"),  # CSV
+    "sharegptvideo": ("video_understanding", "prompt", ["video"], "chosen|rejected", "")}  # JSON lines of the DPO release: the first is better
+LABELS = {"[0, 1]": 1, "[1, 0]": 2, "leftvote": 1, "rightvote": 2, "tievote": 0, "bothbad_vote": 0, "A": 1, "B": 2, "same": 0}
+
+
+def group_of(benchmark: str, key: str) -> str:
+    """The official groups of VLRewardBench, by the prefix of the id; other benchmarks have none."""
+    names = {"hallucination": ("hallucination", "RLAIF", "RLHF"), "reasoning": ("mathverse", "mmmu"), "general": ""}
+    return next(name for name in names if key.startswith(names[name])) if benchmark == "vl_rewardbench" else ""
+
+
+def find_media(value, video: bool, root="", cache: Path | None = None):
+    """An image's path or a video's frames. `value`: a path under `root`, or a parquet file's image, whose bytes go to `cache` once."""
+    path = cache / hashlib.sha256(value["bytes"]).hexdigest()[:24] if isinstance(value, dict) else Path(root, value)
+    if isinstance(value, dict) and not (path.is_file() and path.stat().st_size == len(value["bytes"])):
+        cache.mkdir(exist_ok=True)
+        path.write_bytes(value["bytes"])
+    folder = path if path.is_dir() else path.with_suffix("")  # the frames of x.mp4 may stand in the folder x
+    frames = [] if path.is_file() or not video else sorted(folder.glob("[!.]*.*"), key=lambda file: (len(file.name), file.name))
+    for file in frames or [path]:
+        M.read_image(str(file))  # what is missing or unreadable is named now, not after an hour of judging
+    return [str(file) for file in frames or [path]] if video else str(path)
+
+
+def benchmark_rows(file: Path):
+    if file.suffix != ".parquet":
+        return csv.DictReader(file.read_text(encoding="utf-8-sig").splitlines(True)) if file.suffix == ".csv" else data.read_jsonl(file)
+    try:
+        from pyarrow.parquet import ParquetFile
+    except ImportError:
+        raise config.UserError(f"{file}: parquet is read with pyarrow; pip install pyarrow")
+    return (row for batch in ParquetFile(file).iter_batches(64) for row in batch.to_pylist())
+
+
+def read_benchmark(name: str, paths: list, media: str | None = None) -> tuple:
+    """({id: sample}, [what is wrong with which row]) of files or their folder; images and videos stand there too, or in the folder `media`."""
+    (task, asked, shown, said, label), samples, broken, kinds = BENCHMARKS[name], {}, [], (".json", ".jsonl", ".csv", ".parquet")
+    for file in [f for path in map(Path, paths) for f in (sorted(f for f in path.iterdir() if f.suffix in kinds) if path.is_dir() else [path])]:
+        if not file.is_file():
+            raise config.UserError(f"no such file: {file}; name the .json, .jsonl, .csv or .parquet files of {name} after --path")
+        for number, row in enumerate(benchmark_rows(file), 1):
+            try:
+                found = [row[next((key for key in keys.split("|") if key in row), keys)] for keys in shown]
+                found = [find_media(value, data.is_video(task), media or file.parent, file.with_suffix(".media")) for value in found]
+                answers = row["response"] if said == "response" else [row[key] for key in said.split("|") if key]
+                prompt, key = re.sub(r"<(?:image|video)>\n?", "", row[asked]), str(row.get("id", ""))
+                if not all(text.strip() for text in (prompt, *answers)):
+                    raise ValueError("empty prompt or answer")
+                key = f"{key}#{file.name}:{number}" if not key or key in samples else key  # some lists have no ids or repeat one
+                samples[key] = data.Sample(key, task, prompt, found, list(answers), LABELS[str(row[label])] if label else 1)
+            except (KeyError, ValueError, TypeError, AttributeError, config.UserError) as error:
+                broken.append(f"{file}, row {number}: {type(error).__name__}: {error}")
+    if not samples:
+        raise config.UserError(f"{', '.join(paths)}: no row reads as {name}" + "".join(f"; {line}" for line in broken[:1]))
+    return samples, broken
+
+
+def benchmark_metrics(rows: list) -> dict:
+    """{"overall", each group, "macro" = mean of the groups, and with ties "diff", "tau", "tau_calibrated": {"accuracy", "low", "high", ...}}"""
+    groups = {name: [row for row in rows if row["group"] == name] for name in sorted({row["group"] for row in rows} - {""})}
+    made = {name: summarise(members) for name, members in {"overall": rows, **groups}.items()}
+    if groups:
+        scores = [np.array(list(pair_scores(members).values())) for members in groups.values()]
+        mean, share = np.mean([s.mean() for s in scores]), sum(map(len, scores)) / len(scores)
+        # A pair moves the macro mean by its distance from the mean of its group, the more the smaller the group.
+        made["macro"] = {"accuracy": round(float(mean), 4), **interval(np.concatenate([mean + (s - s.mean()) * share / len(s) for s in scores]))}
+    return made | (tie_metrics(rows) if any(row["label"] == 0 for row in rows) else {})
+
+
+def bench(options) -> None:
+    """Judges a benchmark, each pair in both orders. FILE.jsonl takes the judgements as they are made, and the same command goes on from there;
+    FILE.json has the metrics. Broken rows are named, counted and left out; an unreadable output is wrong."""
+    samples, broken = read_benchmark(options.benchmark, options.path, options.media)
+    source, style, template, own = choose_model(options)
+    out = Path(options.out or config.ROOT / "runs" / "bench" / f"{options.benchmark}-{'-'.join(Path(source).parts[-2:])}-{options.mode}.json")
+    weights = [file.stat().st_mtime_ns for file in sorted(Path(source).glob("*.safetensors"))]
+    state = [options.benchmark, options.path, source, weights, options.mode, style, template, own.max_new_tokens]
+    if out.exists() and json.loads(out.read_text(encoding="utf-8")).get("state") != state:
+        raise config.UserError(f"{out} holds results of another model, benchmark or setting; give another --out")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    config.write_text(out, json.dumps({"state": state}))
+    kept, ties = out.with_suffix(".jsonl"), any(sample.label == 0 for sample in samples.values())
+    rows = data.read_jsonl(kept) if kept.exists() else []
+    done = {row["id"] for row in rows if row["swapped"]}  # the second order is written last
+    data.write_jsonl(kept, rows := [row for row in rows if row["id"] in done])
+    todo = [sample for key, sample in samples.items() if key not in done]
+    model, processor = M.load(source) if todo else (None, None)
+    for k in config.progress(range(0, len(todo), own.batch_rows), options.benchmark):
+        for row in judge(model, processor, todo[k : k + own.batch_rows], options.mode, own, ties, "", (False, True), style, template):
+            rows.append(row | {"group": group_of(options.benchmark, row["id"])})
+            config.log(kept.parent, rows[-1], kept.name)
+    cells = benchmark_metrics(rows)
+    config.write_text(out, json.dumps({"state": state, "broken": broken, "metrics": cells}, indent=1))
+    print("".join(f"left out: {line}\n" for line in broken) + f"{source}, {options.mode}: {len(broken)} broken rows left out; {out}")
+    print(f"{'%':<16}accuracy  95% interval   pairs  unreadable  orders agree")
+    for name, cell in cells.items():
+        unreadable, agree = (percent(cell[key]) if key in cell else "-" for key in ("unreadable", "orders_agree"))
+        span = f"[{percent(cell['low'])}, {percent(cell['high'])}]"
+        print(f"{name:<16}{percent(cell['accuracy']):>8}{span:>14}{cell.get('pairs', '-'):>8}{unreadable:>12}{agree:>14}")
+
+
+def mcnemar(first: int, second: int) -> float:
+    """Exact two-sided p of `first` against `second` discordant pairs: 2 P(X <= the smaller), X ~ Binomial(first + second, 1/2), at most 1."""
+    return min(1.0, 2 * sum(math.comb(first + second, k) for k in range(min(first, second) + 1)) / 2 ** (first + second))
+
+
+def compare(options) -> None:
+    """Two results over the same pairs: the difference of accuracies with its paired bootstrap interval, and exact McNemar on the pairs that
+    one of them judged better (where both orders were judged a pair can be half right, and this is the sign test)."""
+    both = [data.read_jsonl(file) if (file := Path(name).with_suffix(".jsonl")).is_file() else [] for name in options.results]
+    one, two = ({(row["task"], row["id"], row["swapped"], row["label"]) for row in rows} for rows in both)
+    if one != two or not one:
+        raise config.UserError(f"{' and '.join(options.results)} judge different pairs: {len(one)} and {len(two)} rows, {len(one & two)} in common")
+    print(f"A {options.results[0]}\nB {options.results[1]}\n{'%':<22}  pairs       A       B   B - A    95% interval  A only  B only         p")
+    scopes = [(key, name) for key in ("task", "group", "split") for name in sorted({row.get(key, "") for row in both[0]} - {""})]
+    for key, name in [("", "all")] + scopes:
+        a, b = (np.array([score for _, score in sorted(pair_scores([r for r in rows if r.get(key, "all") == name]).items())]) for rows in both)
+        span, worse, better = "[{low:+.1f}, {high:+.1f}]".format_map(interval(100 * (b - a))), int((b < a).sum()), int((b > a).sum())
+        print(f"{name:<22}{len(a):>7}{percent(a.mean()):>8}{percent(b.mean()):>8}{100 * (b - a).mean():>+8.1f}"
+              f"{span:>16}{worse:>8}{better:>8}{mcnemar(worse, better):>10.3g}")
+
+
+# ----------------------------------------------------------------------------------------------- judging pairs of one's own
+
+
+def choose_model(options) -> tuple:
+    """(checkpoint, prompt style, prompt text, limits). Without --model the newest GRPO checkpoint under runs/, else one of an earlier stage. What
+    these scripts trained (done.json is in it; figures.json: the base) knows the short prompts; a model from elsewhere needs the full ones."""
+    made = [file.parent for stage in ("grpo", "rejection_sft", "cold_start")
+            for file in sorted((config.ROOT / "runs").glob(f"*/{stage}/done.json"), key=lambda file: -file.stat().st_mtime)]
+    if not options.model and not made:
+        raise config.UserError(f"no trained run under {config.ROOT / 'runs'}: python grpo.py --config small makes one, or give --model CHECKPOINT")
+    source = str(options.model or made[0])
+    if not Path(source).is_dir() and source.count("/") != 1:
+        raise config.UserError(f"--model {source}: no such folder, and no hub name")
+    style = options.style or ("short" if Path(source, "done.json").is_file() or Path(source, "figures.json").is_file() else "full")
+    print(f"model: {source} ({style} prompts)", file=sys.stderr)
+    own = config.Evaluate(max_new_tokens=options.max_new_tokens, batch_rows=options.batch_rows)
+    return source, style, options.prompt_file.read() if options.prompt_file else "", own
+
+
+def judge_pairs(model, processor, samples: list, mode: str = "think", votes: int = 0, orders: tuple = (False, True), style: str = "short",
+                template: str = "", own: config.Evaluate | None = None) -> list:
+    """Judges pairs in batches, each order (False: as given, True: swapped) once and greedily, or `votes` times at temperature 1:
+    judge_pairs(*M.load("runs/small/grpo"), [data.Sample("1", "image_generation", "a red square", ["a.png", "b.png"])], votes=5)
+    One dict per sample: "answer" 1, 2, 0 (undecided) or None (nothing readable), "votes" {answer: count}, "margin" (votes for 1 - for 2) / all,
+    "total_margin" mean difference of stated totals or None, "judgements" rows of `judge` in the sample's own numbering (not so their texts)."""
+    rows = judge(model, processor, samples, mode, own or config.Evaluate(), False, "", orders, style, template, votes)
+    each, results, flip, turn = len(orders) * (votes or 1), [], {1: 2, 2: 1}, lambda pair: {3 - k: value for k, value in pair.items()}
+    for row in [row for row in rows if row["swapped"]]:
+        row |= {key: flip.get(row[key], row[key]) for key in ("answer", "label")} | {"margin": None if row["margin"] is None else -row["margin"]}
+        row |= {"totals": turn(row["totals"]), "scores": {name: turn(pair) for name, pair in row["scores"].items()}}
+    for k, sample in enumerate(samples):
+        mine = rows[k * each : (k + 1) * each]
+        count = {answer: sum(row["answer"] == answer for row in mine) for answer in (1, 2, 0, None)}
+        margins, lead = [row["margin"] for row in mine if row["margin"] is not None], count[1] - count[2]
+        answer = 1 if lead > 0 else 2 if lead < 0 else None if count[None] == each else 0
+        results.append({"id": sample.id, "answer": answer, "votes": count, "margin": lead / each,
+                        "total_margin": float(np.mean(margins)) if margins else None, "judgements": mine})
+    return results
+
+
+def ranking(pairs: list, results: list, names: list) -> list:
+    """Best first, from a round robin: a point for a pair won, half a point for one undecided; equal points go by the sum of total margins."""
+    table = [{"candidate": name, "points": 0.0, "total_margin": 0.0} for name in names]
+    for pair, result in zip(pairs, results):
+        for k, candidate in enumerate(pair, 1):
+            table[candidate]["points"] += float(result["answer"] == k) if result["answer"] else 0.5
+            table[candidate]["total_margin"] += (result["total_margin"] or 0.0) * (3 - 2 * k)
+    return sorted(table, key=lambda row: (-row["points"], -row["total_margin"]))
+
+
+def judge_command(options) -> None:
+    """Judges two candidates: once and in the order given, with --votes K times in each order; with --rank any number, each pair in both orders."""
+    task, generation, video = options.task, data.is_generation(options.task), data.is_video(options.task)
+    names, media = options.media if generation else options.answer, [find_media(file, video) for file in options.media]
+    media = [sum(media, [])] if video and not generation else media  # the frames of one video
+    if len(names) < 2 or (len(names) > 2 and not options.rank) or (options.answer if generation else len(media) > 1):
+        raise config.UserError(f"{task} takes {'two files' if generation else 'one medium, --answer A and --answer B'} (more candidates: --rank); "
+                               f"got {len(options.media)} files and {len(options.answer)} answers")
+    pairs, of = [(i, j) for j in range(len(names)) for i in range(j)], lambda values, pair: [values[k] for k in pair]
+    samples = [data.Sample("", task, options.prompt, of(media, p) if generation else media, [] if generation else of(names, p)) for p in pairs]
+    source, style, template, own = choose_model(options)
+    torch.manual_seed(0)
+    orders, noun = (False, True) if options.votes or options.rank else (False,), data.candidate_noun(task)
+    results = judge_pairs(*M.load(source), samples, options.mode, options.votes, orders, style, template, own)
+    said = {answer: text for text, answer in data.verdict_strings(task).items()} | {0: "undecided", None: "unreadable"}
+    results = [{"candidates": of(names, pair), "verdict": said[result["answer"]]} | result for pair, result in zip(pairs, results)]
+    ranks = ranking(pairs, results, names) if options.rank else []
+    if options.json:
+        return print(json.dumps({"model": source, "style": style, "task": task, "pairs": results, "ranking": ranks}, indent=1))
+    for place, row in enumerate(ranks, 1):
+        print(f"{place}. {row['candidate']}: {row['points']:g} of {len(names) - 1} points, total margin {row['total_margin']:+g}")
+    for result in results if not options.rank else []:
+        row = next((row for row in result["judgements"] if row["answer"] == result["answer"]), result["judgements"][0])
+        print(f"{row['text']}\n\n{'':<24}{noun + ' 1':>10}{noun + ' 2':>10}" + "  (the text saw them in the other order)" * row["swapped"])
+        for name, pair in (row["scores"] | {"total": row["totals"]}).items():
+            print(f"{name:<24}" + "".join(f"{pair[k]:>10g}" if k in pair else f"{'-':>10}" for k in (1, 2)))
+        if options.votes:
+            print(f"votes: {', '.join(f'{count} {said[answer]}' for answer, count in result['votes'].items())}; margin {result['margin']:+.2f}")
+        print(f"verdict: {result['verdict']}")
+
+
+OF_MODELS = {"--model": dict(help="checkpoint folder or hub name; the newest trained run if not given"),
+             "--mode": dict(choices=("think", "answer"), default="think"), "--style": dict(choices=("short", "full"), help="if not the model's own"),
+             "--prompt-file": dict(type=argparse.FileType(encoding="utf-8"), help="own text: {noun} {prompt} {dimensions} {verdicts} {answer_1} ..."),
+             "--max-new-tokens": dict(type=int, default=2048), "--batch-rows": dict(type=int, default=256, help="completions decoded together")}
+COMMANDS = {  # name: (function, options as argparse takes them)
+    "bench": (bench, {"--benchmark": dict(choices=BENCHMARKS, required=True), "--path": dict(nargs="+", required=True, help="files or folder"),
+                      "--media": dict(help="folder of images, videos, frames"), "--out": dict(help="FILE.json"), **OF_MODELS}),
+    "compare": (compare, {"results": dict(nargs=2, help="FILE.json of a bench run or of a run's evaluate folder")}),
+    "judge": (judge_command, {"media": dict(nargs="+", help="candidates, or what is asked about: images, folders of frames, frames of one video"),
+                              "--task": dict(choices=data.TASKS, required=True), "--prompt": dict(required=True, help="caption or question"),
+                              "--answer": dict(action="append", default=[], help="candidate of an understanding task; give two"),
+                              "--votes": dict(type=int, default=0, help="sample so many judgements in each order"),
+                              "--rank": dict(action="store_true", help="order the candidates"), "--json": dict(action="store_true"), **OF_MODELS})}
+
+
+def command_line(command: str, arguments: list) -> None:
+    def refuse(message):
+        raise config.UserError(message)
+    run_command, options = COMMANDS[command]
+    parser = argparse.ArgumentParser(prog=f"evaluate.py {command}", description=run_command.__doc__, allow_abbrev=False)
+    parser.error = refuse
+    for name, how in options.items():
+        parser.add_argument(name, **how)
+    run_command(parser.parse_intermixed_args(arguments))
+
+
 if __name__ == "__main__":
-    config.main("evaluate")
+    try:
+        command_line(sys.argv[1], sys.argv[2:]) if sys.argv[1:2] and sys.argv[1] in COMMANDS else config.main("evaluate")
+    except config.UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
