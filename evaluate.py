@@ -222,11 +222,11 @@ def find_media(value, video: bool, root="", cache: Path | None = None):
     if isinstance(value, dict) and not (path.is_file() and path.stat().st_size == len(value["bytes"])):
         cache.mkdir(exist_ok=True)
         path.write_bytes(value["bytes"])
-    folder = path if path.is_dir() else path.with_suffix("")  # the frames of x.mp4 may stand in the folder x
-    frames = [] if path.is_file() or not video else sorted(folder.glob("[!.]*.*"), key=lambda file: (len(file.name), file.name))
-    for file in frames or [path]:
-        M.read_image(str(file))  # what is missing or unreadable is named now, not after an hour of judging
-    return [str(file) for file in frames or [path]] if video else str(path)
+    if video and not path.exists() and path.with_suffix("").is_dir():
+        path = path.with_suffix("")  # the frames of x.mp4 may stand in the folder x
+    for file in data.fit_clips([str(path)])[0] if video else [str(path)]:
+        M.read_image(file)  # what is missing or unreadable is named now, not after an hour of judging
+    return str(path)
 
 
 def benchmark_rows(file: Path):
@@ -249,6 +249,7 @@ def read_benchmark(name: str, paths: list, media: str | None = None) -> tuple:
             try:
                 found = [row[next((key for key in keys.split("|") if key in row), keys)] for keys in shown]
                 found = [find_media(value, data.is_video(task), media or file.parent, file.with_suffix(".media")) for value in found]
+                found = data.fit_clips(found) if data.is_video(task) else found
                 answers = row["response"] if said == "response" else [row[key] for key in said.split("|") if key]
                 prompt, key = re.sub(r"<(?:image|video)>\n?", "", row[asked]), str(row.get("id", ""))
                 if not all(text.strip() for text in (prompt, *answers)):
@@ -381,12 +382,12 @@ def judge_command(options) -> None:
     """Judges two candidates: once and in the order given, with --votes K times in each order; with --rank any number, each pair in both orders."""
     task, generation, video = options.task, data.is_generation(options.task), data.is_video(options.task)
     names, media = options.media if generation else options.answer, [find_media(file, video) for file in options.media]
-    media = [sum(media, [])] if video and not generation else media  # the frames of one video
+    media, fit = [media] if video and not generation else media, data.fit_clips if video else list  # several files: the frames of one video
     if len(names) < 2 or (len(names) > 2 and not options.rank) or (options.answer if generation else len(media) > 1):
         raise config.UserError(f"{task} takes {'two files' if generation else 'one medium, --answer A and --answer B'} (more candidates: --rank); "
                                f"got {len(options.media)} files and {len(options.answer)} answers")
     pairs, of = [(i, j) for j in range(len(names)) for i in range(j)], lambda values, pair: [values[k] for k in pair]
-    samples = [data.Sample("", task, options.prompt, of(media, p) if generation else media, [] if generation else of(names, p)) for p in pairs]
+    samples = [data.Sample("", task, options.prompt, fit(of(media, p) if generation else media), [] if generation else of(names, p)) for p in pairs]
     source, style, template, own = choose_model(options)
     torch.manual_seed(0)
     orders, noun = (False, True) if options.votes or options.rank else (False,), data.candidate_noun(task)

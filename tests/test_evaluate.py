@@ -200,8 +200,8 @@ def test_genai_video_takes_frames_from_the_folder_of_the_videos_name(tmp_path):
     (tmp_path / "genai.json").write_text(json.dumps(rows))
     samples, broken = evaluate.read_benchmark("genai_video", [str(tmp_path)], str(tmp_path / "clips"))
     assert not broken and [s.label for s in samples.values()] == [1, 2, 0, 0] and list(samples) == ["0", "1", "2", "3"]
-    assert [Path(file).name for file in samples["0"].media[1]] == [f"{frame}.png" for frame in range(12)]  # 10 after 9, not after 1
-    assert samples["0"].media[0][0] == str(tmp_path / "clips" / "l0" / "0.png")
+    assert [Path(file).name for file in samples["0"].media[1]] == ["1.png", "4.png", "7.png", "10.png"]  # four of twelve, 10 after 9
+    assert samples["0"].media[0][0] == str(tmp_path / "clips" / "l0" / "1.png")
 
 
 def test_videogen_rewardbench_reads_the_overall_verdict_of_its_csv(tmp_path):
@@ -401,7 +401,7 @@ def test_video_understanding_takes_a_folder_or_the_frames(tmp_path, capsys, as_f
 
 @pytest.mark.parametrize("arguments, says", [
     (["--task", "image_generation", "nowhere.png", "nowhere.png"], "nowhere.png"),
-    (["--task", "image_generation", __file__, __file__], "cannot read image"),
+    (["--task", "image_generation", __file__, __file__], "cannot identify image"),
     (["--task", "images", "A", "B"], "invalid choice: 'images'"),
     (["--task", "image_generation", "A"], "got 1 files"),
     (["--task", "image_generation", "A", "B", "A"], "--rank"),
