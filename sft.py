@@ -190,13 +190,14 @@ def build_base(settings: config.Settings, folder: Path) -> str:
     return f"{parameters / 1e6:.2f}M parameters, {len(phases)} phases"
 
 
-def practice_examples(settings: config.Settings, folder: Path, count: int) -> list:
-    """`count` of the base's exercises, drawn afresh under folder/replay: a shipped base does not bring its practice along."""
+def practice_examples(settings: config.Settings, folder: Path, count: int, without: str = "") -> list:
+    """`count` of the base's exercises, but for one kind, drawn afresh under folder/replay: a shipped base does not bring its practice along."""
     import shapes
 
-    shapes.write_practice(folder / "replay", -(-count // 4), 4, 0, random.Random(f"{settings.run.seed}/{folder.name}/replay"))
+    shapes.write_practice(folder / "replay", count, 2, 0, random.Random(f"{settings.run.seed}/{folder.name}/replay"))
     config.wait_for_all()
-    return data.read_conversations(folder / "replay" / "practice.jsonl")[:count]
+    file = folder / "replay" / "practice.jsonl"
+    return [example for row, example in zip(data.read_jsonl(file), data.read_conversations(file)) if row["kind"] != without][:count]
 
 
 def run(stage: str, settings: config.Settings, folder: Path) -> str:
@@ -212,7 +213,7 @@ def run(stage: str, settings: config.Settings, folder: Path) -> str:
         examples = [(data.build_prompt(s, "answer"), f"<answer>{data.verdict_string(s.task, s.label)}</answer>") for s in data.read_samples(out / source)]
     own_count = len(examples)
     if own.replay:
-        examples = examples + practice_examples(settings, folder, round(own.replay * own_count))
+        examples = examples + practice_examples(settings, folder, round(own.replay * own_count), without="compare")
     model, processor = M.load(config.checkpoint(start, settings, out))
     train(model, processor, examples, own, folder, f"{settings.run.seed}/{stage}", stage)
     M.save(model, processor, folder)

@@ -296,6 +296,8 @@ def draw_split(split: str, settings: config.Settings, folder) -> dict:
 
 PRACTICE = {"name": 1, "name_pair": 1, "check": 2, "rate": 3, "compare": 8, "total": 1, "decide": 2, "total_decide": 3, "tagged": 2, "direct": 7}
 
+CONSOLIDATION = PRACTICE | {"compare": 16, "conclude": 8, "direct": 4}
+
 # Before the mixture, one skill at a time: (skill, exercises relative to base.simple, kinds of exercise, tasks, dimensions). Alone, each
 # is learnt in 100 to 800 steps; in a mixture from the start most stay at chance. Naming the shapes of *one of two* pictures comes before any
 # comparison: it has the most to say per token about which picture is meant, and what is learnt there carries over. Some naming goes along
@@ -312,7 +314,7 @@ SKILLS = (
 
 
 def practice(rng: random.Random, kind: str, sample: Sample, scenes: list, dimensions: list | None = None) -> tuple:
-    """(content parts, response) of one exercise of `kind` (a key of PRACTICE) on `sample`; `dimensions` are drawn if not given."""
+    """(content parts, response) of one exercise of `kind` (a key of CONSOLIDATION) on `sample`; `dimensions` are drawn if not given."""
     task, noun = sample.task, candidate_noun(sample.task)
     medium = "video" if is_video(task) else "image"
     k = rng.randrange(len(sample.media))  # the picture looked at
@@ -361,6 +363,15 @@ def practice(rng: random.Random, kind: str, sample: Sample, scenes: list, dimens
         if kind == "total":
             return [text(f"{given}\nSteps: total.")], write_totals(noun, scores)
         return [text(f"{given}\nSteps: total, decide.")], f"{THINK}{write_totals(noun, scores)}</think>\n{verdict}"
+    if kind == "conclude":  # the same at the end of a judgement that is given
+        while len({sum(sample.scores[d][side] for d in dimensions) for side in (0, 1)}) == 1:
+            dimensions = rng.sample(DIMENSIONS[task], rng.choice([2, 3]))
+        given, totals = write_items(noun, chosen(sample.reasons), chosen(sample.scores)), write_totals(noun, chosen(sample.scores))
+        better = 1 if sum(pair[0] - pair[1] for pair in chosen(sample.scores).values()) > 0 else 2
+        verdict = f"<answer>{verdict_string(task, better)}</answer>"
+        if rng.random() < 0.3:
+            return media_parts(sample) + [text(f"{given}\n{totals}\nSteps: decide.")], verdict
+        return media_parts(sample) + [text(f"{given}\nSteps: total, decide.")], f"{THINK}{totals}</think>\n{verdict}"
     if kind == "tagged":  # the tags, on questions that are no preference
         if rng.random() < 0.5:
             return [show, text("How many shapes are shown? Steps: check, decide.")], f"{THINK}{named}</think>\n<answer>{len(order)}</answer>"
@@ -373,8 +384,8 @@ def practice(rng: random.Random, kind: str, sample: Sample, scenes: list, dimens
 
 def write_practice(folder, pairs: int, rows_per_pair: int, simple: int, rng: random.Random) -> None:
     """Practice of the base in the official SFT schema, one file for each phase of `sft.build_base`: SKILLS (`simple` exercises times the
-    factor); practice.jsonl, a mixture of all exercises; comparing.jsonl, comparisons of pictures and clips; consolidation.jsonl, the mixture again with
-    half as much understanding, which is learnt sooner. One generation pair in five is a tie, which only the direct mode can say."""
+    factor); practice.jsonl, a mixture of all exercises; comparing.jsonl, comparisons of pictures and clips; consolidation.jsonl, the mixture again, with
+    more comparing and less of understanding, which is learnt sooner. One generation pair in five is a tie, which only the direct mode can say."""
     tasks = list(DIMENSIONS)
     made = write_split(folder, "pairs", [(tasks[k % 4], is_generation(tasks[k % 4]) and k % 40 < 8) for k in range(pairs)], SEEN, rng)
 
@@ -382,21 +393,21 @@ def write_practice(folder, pairs: int, rows_per_pair: int, simple: int, rng: ran
         able = [pair for pair in made if pair[0].task in among]
         return [(kind, *practice(rng, kind, *rng.choice(able), dimensions)) for kind in rng.choices(kinds, k=round(factor * simple))]
 
-    def mixture(of_understanding):
+    def mixture(weights, of_understanding):
         rows = []
         for sample, scenes in made:
-            kinds = rng.choices(list(PRACTICE), list(PRACTICE.values()), k=rows_per_pair if is_generation(sample.task) else of_understanding)
+            kinds = rng.choices(list(weights), list(weights.values()), k=rows_per_pair if is_generation(sample.task) else of_understanding)
             if sample.label == 0:
                 parts = build_prompt(sample, "answer", allow_tie=True)
                 rows.append(("direct", parts, f"<answer>{verdict_string(sample.task, 0)}</answer>"))
-                kinds = [kind for kind in kinds if kind != "direct"]
+                kinds = [kind for kind in kinds if kind not in ("direct", "conclude")]
             rows += [(kind, *practice(rng, kind, sample, scenes)) for kind in kinds]
         return rows
 
     files = {name: skill(*rest) for name, *rest in SKILLS}
-    files["practice"] = mixture(rows_per_pair)
+    files["practice"] = mixture(PRACTICE, rows_per_pair)
     files["comparing"] = skill(1.6, ("compare",) * 6 + ("name_pair",), ("image_generation", "video_generation"), None)
-    files["consolidation"] = mixture(rows_per_pair // 2)
+    files["consolidation"] = mixture(CONSOLIDATION, rows_per_pair // 3)
     for file, written in files.items():
         if not written:
             continue

@@ -674,13 +674,13 @@ def test_a_mistake_is_always_another_fact_of_the_same_form(split):
 def exercises(split) -> list:
     """[(kind, task, prompt text, response)]: every kind on every task, many times."""
     rng = random.Random(1)
-    return [(kind, sample.task, words(parts), response) for sample, scenes in split["SEEN"] for kind in shapes.PRACTICE for _ in range(3)
+    return [(kind, sample.task, words(parts), response) for sample, scenes in split["SEEN"] for kind in shapes.CONSOLIDATION for _ in range(3)
             for parts, response in [shapes.practice(rng, kind, sample, scenes)]]
 
 
 def test_every_exercise_is_practised_on_every_task_in_its_own_words(exercises):
-    assert set(shapes.PRACTICE) == {"name", "name_pair", "check", "rate", "compare", "total", "decide", "total_decide", "tagged", "direct"}
-    for kind, task in itertools.product(("rate", "compare", "total", "decide", "total_decide", "direct"), TASKS):
+    assert set(shapes.CONSOLIDATION) == {"name", "name_pair", "check", "rate", "compare", "total", "decide", "total_decide", "conclude", "tagged", "direct"}
+    for kind, task in itertools.product(("rate", "compare", "total", "decide", "total_decide", "conclude", "direct"), TASKS):
         own, others = data.candidate_noun(task), {"Image", "Video", "Answer"} - {data.candidate_noun(task)}
         for _, _, prompt, response in [e for e in exercises if e[:2] == (kind, task)]:
             assert re.search(rf"\b{own}\b", response) and not re.search(rf"\b(?:{'|'.join(others)}) [12]", prompt + response)
@@ -720,7 +720,7 @@ def test_sums_and_verdicts_of_the_exercises_are_right(exercises):
         for terms, total in re.findall(r"([\d+]+)=(\d+)", prompt + response):
             checked += 1
             assert sum(map(int, terms.split("+"))) == int(total)
-        if kind in ("decide", "total_decide"):
+        if kind in ("decide", "total_decide", "conclude"):
             totals = dict(re.findall(r"\w+ ([12]): [\d+]+=(\d+)", prompt + response))
             assert f" {max(totals, key=lambda k: int(totals[k]))} is better" in response and totals["1"] != totals["2"]
         if kind == "total":
@@ -733,6 +733,7 @@ def test_written_practice_has_every_kind_no_held_out_item_and_ties_only_where_as
     shapes.write_practice(tmp_path, pairs=120, rows_per_pair=6, simple=30, rng=random.Random(2))
     rows = data.read_jsonl(tmp_path / "practice.jsonl")
     assert {row["kind"] for row in rows} == set(shapes.PRACTICE)
+    assert {row["kind"] for row in data.read_jsonl(tmp_path / "consolidation.jsonl")} == set(shapes.CONSOLIDATION)
     for skill, factor, kinds, tasks, dimensions in shapes.SKILLS:
         simple = data.read_jsonl(tmp_path / f"{skill}.jsonl")
         assert len(simple) == round(30 * factor) and {row["kind"] for row in simple} <= set(kinds)
