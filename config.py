@@ -137,6 +137,7 @@ class GRPO:
     mode: str = setting("think", "think or answer (the control without chain of thought)")
     start: str = setting("rejection_sft", "stage whose checkpoint is trained")
     data: str = setting("wrong", "samples trained on: wrong (what the judge got wrong, the paper's choice), correct, or pool (all)")
+    random_order: bool = setting(False, "turn every other pair round: what one judge got wrong has more labels on one side, and that is soon learnt")
     steps: int = setting(500, "rollouts, each followed by updates_per_rollout optimiser steps")
     prompts_per_step: int = setting(64, "prompts per rollout (paper: one on each of 64 GPUs)")
     group_size: int = setting(8, "completions per prompt, G")
