@@ -61,11 +61,15 @@ def test_changing_grpo_alone_reuses_all_before_it(chain, tmp_path):
 
     copy = tmp_path / "copy"
     shutil.copytree(out, copy)
-    done = script("grpo.py", "--config", "smoke", "--out", copy, "--grpo.beta", "0", "--grpo.updates_per_rollout", "2")
+    done = script("grpo.py", "--config", "smoke", "--out", copy, "--grpo.beta", "0", "--grpo.updates_per_rollout", "2",
+                  "--grpo.random_order", "true", "--grpo.steps", "6")
     assert done.returncode == 0, done.stderr[-3000:]
     assert [line.split(":")[0] for line in done.stdout.splitlines() if line.startswith("== ")] == ["== grpo", "== evaluate"]
     metrics = data.read_jsonl(copy / "grpo" / "metrics.jsonl")
-    assert len(metrics) == 2 and all(row["kl"] == 0 for row in metrics)
+    assert len(metrics) == 6 and all(row["kl"] == 0 for row in metrics)
+    wrong = {s.id: s for s in data.read_samples(out / "rejection" / "wrong.jsonl")}
+    turned = [(wrong[row["id"]].label != row["label"], wrong[row["id"]].answers != row["answers"]) for row in data.read_jsonl(copy / "grpo" / "samples.jsonl")]
+    assert {label for label, _ in turned} == {True, False} and all(label or not answers for label, answers in turned), "some pairs turned round, whole"
 
 
 def test_a_repeated_stage_makes_what_was_built_on_it_stale(chain, tmp_path):
