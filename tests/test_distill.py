@@ -425,6 +425,8 @@ def test_pictures_are_sent_as_they_are_or_scaled_to_the_limit_and_clips_frame_by
 def test_rejection_takes_its_judgements_from_a_server(samples, world, tmp_path, serve):
     (tmp_path / "data").symlink_to(world)
     (tmp_path / "rejection").mkdir()
+    (tmp_path / "cold_start").mkdir()
+    (tmp_path / "cold_start" / "done.json").write_text('{"id": "cold_start 1"}')
     pool = tmp_path / "data" / "pool.jsonl"
     pool.write_bytes((world / "pairs.jsonl").read_bytes())
     judged_right = {s.id for s in samples[::2]}

@@ -118,7 +118,7 @@ def test_the_limit_reaches_the_models_patches(tiny, tmp_path, limits):
     noise((128, 128)).save(tmp_path / "a.png")
     for most, patches in ((64 * 64, 64), (32 * 32, 16)):
         limits.max_pixels = most
-        M.small_patches.cache_clear()
+        tiny[1].patches.clear()
         assert M.encode_media(tiny[1], {"type": "image", "image": str(tmp_path / "a.png")})[0].shape[0] == patches
 
 
@@ -249,7 +249,7 @@ def test_a_clip_file_gives_the_patches_of_its_frames(tiny, tmp_path):
     clip = animate(tmp_path / "a.gif", 5)
     expected = M.encode_media(tiny[1], {"type": "video", "video": files})
     for video in (clip, [clip], data.fit_clips([clip])[0], files):
-        patches, grid = M.encode_media(tiny[1], {"type": "video", "video": video})
+        patches, grid = M.encode_media(tiny[1], {"type": "video", "video": data.fit_clips([video])[0]})
         assert torch.equal(patches, expected[0]) and torch.equal(grid, expected[1])
 
 
