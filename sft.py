@@ -212,7 +212,7 @@ def run(stage: str, settings: config.Settings, folder: Path) -> str:
     if stage == "direct_sft":
         examples = [(data.build_prompt(s, "answer"), f"<answer>{data.verdict_string(s.task, s.label)}</answer>") for s in data.read_samples(out / source)]
     own_count = len(examples)
-    if own.replay:
+    if own.replay:  # comparisons close the think block without a verdict: replayed, they keep the format from the tasks the stage lacks
         examples = examples + practice_examples(settings, folder, round(own.replay * own_count), without="compare")
     model, processor = M.load(config.checkpoint(start, settings, out))
     train(model, processor, examples, own, folder, f"{settings.run.seed}/{stage}", stage)
