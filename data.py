@@ -75,6 +75,11 @@ class Sample:
     reasons: dict = field(default_factory=dict)
     problem: str = ""
 
+    @property
+    def turns(self) -> bool:
+        """Whether it can be shown in the other order: not where the answers stand somewhere inside the text of an official row."""
+        return is_generation(self.task) or not self.problem
+
     def swapped(self) -> "Sample":
         """The same pair in the other order: media, answers, scores *and* label change places together."""
         media = self.media[::-1] if is_generation(self.task) else self.media

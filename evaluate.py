@@ -90,11 +90,11 @@ def tie_metrics(rows: list) -> dict:
 
 def judge(model, processor, samples: list, mode: str, own: config.Evaluate, allow_tie: bool = False, label: str = "", orders: tuple = (False,),
           style: str = "short", template: str = "", votes: int = 0) -> list:
-    """Judges each of `samples` in each of `orders` (False: as given, True: swapped), greedily or `votes` times at temperature 1; one row per
+    """Judges each of `samples` in each of `orders` (False: as given, True: swapped, where it can be), greedily or `votes` times at temperature 1; one row per
     judgement, those of a sample together. `template` replaces the text of the prompt. Without a processor `model` is the server: arguments of
     distill.ask, which answers once."""
     prefix, repeats = data.THINK if mode == "think" else "", votes or 1
-    asked = [(s.swapped() if swapped else s, swapped) for s in samples for swapped in orders]
+    asked = [(s.swapped() if swapped else s, swapped) for s in samples for swapped in orders if s.turns or not swapped]
     shown = [config.dataclasses.replace(s, problem=data.fill_template(template, s, mode)) if template else s for s, _ in asked]
     if processor is None:
         texts = [reply["text"] for reply in distill.ask(shown, own, **model, mode=mode, allow_tie=allow_tie, label=label)]

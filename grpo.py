@@ -163,7 +163,7 @@ def run(stage: str, settings: config.Settings, folder: Path) -> str:
             order += rng.sample(range(len(samples)), len(samples))
         batch, order = [samples[k] for k in order[: own.prompts_per_step]], order[own.prompts_per_step :]
         if own.random_order:
-            batch = [sample.swapped() if rng.random() < 0.5 else sample for sample in batch]
+            batch = [sample.swapped() if sample.turns and rng.random() < 0.5 else sample for sample in batch]
         clock = [time.time()]
         prompts = [M.encode(processor, model, data.build_prompt(s, own.mode), data.THINK if own.mode == "think" else "") for s in batch]
         made, texts, rewards = rollout(model, processor, batch, own, prompts)

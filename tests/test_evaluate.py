@@ -280,6 +280,14 @@ def test_a_swapped_pair_scores_the_same(base, samples, mode):
     assert metrics[0] == metrics[1]
 
 
+def test_a_pair_whose_answers_stand_in_an_official_prompt_is_judged_in_one_order(base, samples):
+    """The text of such a row cannot be turned round, so its second order would have the wrong label."""
+    rows = [data.row_sample({key: value for key, value in data.sample_row(s).items() if key not in ("prompt", "answers")}, data.Path("/")) for s in samples]
+    judged = evaluate.judge(*base, rows, "answer", config.Evaluate(max_new_tokens=8), orders=(False, True))
+    orders = {task: sorted(row["swapped"] for row in judged if row["task"] == task) for task in data.TASKS}
+    assert orders == {task: [False] * 3 + [True] * 3 * data.is_generation(task) for task in data.TASKS}
+
+
 # -------------------------------------------------------------------------------------------------------------- comparing
 
 
