@@ -15,6 +15,7 @@ import hashlib
 import io
 import json
 import math
+import string
 import sys
 import textwrap
 from html import escape
@@ -258,116 +259,6 @@ def browser_data(out: Path, results: list) -> dict:
     return {"stages": [row["name"] for row in results], "full": full, "pairs": pairs, "of": len(chosen)}
 
 
-BROWSER = """Pairs on which the stages disagree come first, so shares counted here are not the accuracies above. A bar is the score that was given,
-to candidate 1 on the left and 2 on the right; the mark is the true score. Keys: <kbd>j</kbd> or <kbd>→</kbd> next, <kbd>k</kbd> or <kbd>←</kbd> previous.</p>
-<div id="controls"><select id="task" aria-label="task"></select><select id="split" aria-label="split"></select><select id="stage" aria-label="stage"></select>
-<select id="right" aria-label="verdict"></select><label><input type="checkbox" id="disagree"> stages disagree</label>
-<button id="previous" aria-label="previous">←</button><button id="next" aria-label="next">→</button><output id="place"></output></div>
-<div id="sample"></div>"""
-
-SCRIPT = r"""
-const { stages, pairs, full } = JSON.parse(document.getElementById("data").textContent);
-const get = id => document.getElementById(id), words = text => text.replaceAll("_", " "), both = [0, 1];
-function el(tag, name, ...children) {  // append() makes text nodes of strings: nothing in the data can become markup
-  const made = Object.assign(document.createElement(tag), { className: name });
-  made.append(...children);
-  return made;
-}
-function bar(score, truth) {
-  const known = truth !== undefined, right = score === truth, mark = el("span", "mark");
-  const level = el("span", !known ? "level" : right ? "level hit" : "level miss");
-  [level.style.width, mark.style.left] = [Math.min(10, score ?? 0), truth].map(value => 10 * value + "%");
-  const number = el("span", "number", (score ?? "–") + (known && !right ? ", is " + truth : ""));
-  return el("span", "score", el("span", "track", level, ...(known ? [mark] : [])), number);
-}
-function card(name, said) {
-  if (!said) return el("section", "card", el("h4", "", name), el("p", "muted", "not judged"));
-  const lines = said.scores.map(([dimension, scores, truth]) =>
-    el("div", "dimension", el("span", "muted", dimension + (truth ? "" : " (its own)")), ...both.map(k => bar(scores[k], truth?.[k]))));
-  const verdict = el("p", said.right ? "right" : "wrong", (said.right ? "✓ " : "✗ ") + said.answer);
-  return el("section", "card", el("h4", "", name), verdict, ...lines, el("pre", "", said.text));
-}
-function truth(pair) {
-  const cell = ([score, fact]) => el("td", "", el("b", "", String(score)), " " + fact);
-  const line = (name, cells) => el("tr", "", el("th", "", name), ...cells.map(cell));
-  const sums = both.map(k => [pair.facts.reduce((sum, [, sides]) => sum + sides[k][0], 0), ""]);
-  const head = el("tr", "", el("td", ""), ...both.map(k => el("th", "", pair.noun + " " + (k + 1))));
-  return el("div", "scroll", el("table", "", head, ...pair.facts.map(fact => line(...fact)), line("total", sums)));
-}
-function medium(pair, item, k) {
-  const name = pair.noun === "Answer" ? "" : pair.noun + " " + (k + 1), image = el("img", item?.small ? "small" : "");
-  if (item) { image.src = item.src; image.width = item.width; image.alt = name || "what is asked about"; }
-  return el("figure", "", item ? image : "(picture missing)", el("figcaption", "", name));
-}
-function view(pair) {
-  const line = (name, text) => el("p", "prompt", el("b", "", name + ": "), text);
-  return [el("p", "muted", words(pair.task) + ", " + pair.split + ", " + pair.id), el("div", "media", ...pair.media.map((item, k) => medium(pair, item, k))),
-    line(pair.noun === "Answer" ? "Question" : "Caption", pair.prompt), ...pair.answers.map((answer, k) => line("Answer " + (k + 1), answer)),
-    line("Truth", pair.label), ...(pair.facts.length ? [truth(pair)] : []), el("div", "cards", ...pair.said.map((said, k) => card(stages[k], said)))];
-}
-let shown = pairs, at = 0;
-function show(place) {
-  at = Math.max(0, Math.min(shown.length - 1, place));
-  get("place").textContent = shown.length ? at + 1 + " of " + shown.length : "none";
-  get("sample").replaceChildren(...(shown.length ? view(shown[at]) : ["No pair fits these filters."]));
-  [get("previous").disabled, get("next").disabled] = [at <= 0, at >= shown.length - 1];
-}
-function filter() {
-  const [task, split, stage, right] = ["task", "split", "stage", "right"].map(id => get(id).value);
-  const answers = pair => new Set(pair.said.filter(Boolean).map(said => said.answer)), least = get("disagree").checked ? 2 : 1;
-  shown = pairs.filter(pair => (!task || pair.task === task) && (!split || pair.split === split) && (!right || String(pair.said[stage]?.right) === right)
-    && answers(pair).size >= least);
-  show(0);
-}
-const distinct = key => [...new Set(pairs.map(pair => pair[key]))].map(value => [value, words(value)]);
-const choices = { task: [["", "all tasks"], ...distinct("task")], split: [["", "all splits"], ...distinct("split")],
-  stage: stages.map((name, k) => [k, name]), right: [["", "right or wrong"], ["true", "right"], ["false", "wrong"]] };
-for (const [id, options] of Object.entries(choices)) get(id).append(...options.map(([value, text]) => new Option(text, value)));
-get("stage").value = full;
-for (const id of [...Object.keys(choices), "disagree"]) get(id).addEventListener("change", filter);
-for (const [id, step] of [["previous", -1], ["next", 1]]) get(id).addEventListener("click", () => show(at + step));
-document.addEventListener("keydown", event => {
-  const step = { j: 1, ArrowRight: 1, k: -1, ArrowLeft: -1 }[event.key], taken = event.target.tagName === "SELECT" && event.key.startsWith("Arrow");
-  if (step && !taken && !event.ctrlKey && !event.metaKey && !event.altKey) show(at + step);
-});
-const linked = pairs.findIndex(pair => "#" + pair.id === location.hash);  // report.html#test-00012 opens at that pair
-show(Math.max(0, linked));
-if (linked >= 0) get("controls").scrollIntoView();
-"""
-
-STYLE = """
-:root { color-scheme: light dark; --page: #fbfaf7; --box: #fff; --text: #1e2227; --quiet: #626971; --line: #dcdad3; --fill: #b9cfe8; --ink: #1f5fa8;
-  --good: #1d7a45; --bad: #b3401f; }
-@media (prefers-color-scheme: dark) { :root { --page: #15181c; --box: #1d2126; --text: #e4e6e8; --quiet: #9aa2ab; --line: #363c43; --fill: #3a5f88;
-  --ink: #7db4ee; --good: #5cc48a; --bad: #f0906c; } }
-* { box-sizing: border-box; }
-body { margin: 0 auto; max-width: 1240px; padding: 20px 16px 40vh; background: var(--page); color: var(--text); font: 16px/1.5 system-ui, sans-serif; }
-h2 { margin: 2.2em 0 .4em; border-bottom: 1px solid var(--line); } h3 { margin: 1.4em 0 .4em; font-size: 1.05rem; } h4, figure, dd { margin: 0; }
-p, ol { max-width: 78ch; } li { margin-bottom: .5em; } li span { display: block; } .made { color: var(--ink); overflow-wrap: anywhere; }
-.muted, small, figcaption, output, thead th { color: var(--quiet); } small { white-space: nowrap; } .scroll { overflow-x: auto; }
-table { border-collapse: collapse; font-size: .92rem; } td { font-variant-numeric: tabular-nums; } th { font-weight: 500; }
-th, td { padding: 5px 14px 5px 0; border-bottom: 1px solid var(--line); text-align: left; vertical-align: top; }
-[scope=row] { min-width: 8.5em; position: sticky; left: 0; background: var(--page); }
-.meter { display: block; width: 100%; min-width: 90px; height: 8px; background: var(--line); } .fill { fill: var(--fill); }
-.meter path { vector-effect: non-scaling-stroke; stroke: var(--quiet); } .meter .whisker { stroke: var(--ink); stroke-width: 2; }
-dl { display: grid; grid-template-columns: max-content 1fr; gap: 2px 14px; } dl, figcaption, pre, .dimension { font-size: .86rem; line-height: 1.4; }
-.panels { display: grid; grid-template-columns: repeat(auto-fill, minmax(270px, 1fr)); gap: 22px; } .panels svg { width: 100%; font-size: 10px; }
-text { fill: var(--quiet); } .mid { text-anchor: middle; } .end { text-anchor: end; } .rule { stroke: var(--line); }
-polyline { fill: none; stroke: var(--ink); stroke-width: 2; stroke-linejoin: round; } .raw { stroke: var(--fill); stroke-width: 1; }
-#controls { position: sticky; top: 0; z-index: 1; display: flex; flex-wrap: wrap; gap: 8px; align-items: center; padding: 8px 0; background: var(--page); }
-select, button { font: inherit; padding: 3px 8px; } @media (max-width: 600px) { #controls select { flex: 1 1 40%; min-width: 0; } }
-.media { display: flex; flex-wrap: wrap; gap: 12px 20px; } .small { image-rendering: pixelated; }
-img { display: block; max-width: 100%; height: auto; border: 1px solid var(--line); }
-.prompt, pre { margin: 8px 0 0; white-space: pre-wrap; overflow-wrap: anywhere; }
-.cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 340px), 1fr)); gap: 14px; margin-top: 16px; align-items: start; }
-.card { min-width: 0; padding: 12px; border: 1px solid var(--line); border-radius: 6px; background: var(--box); } .card p { margin: 2px 0 8px; }
-.right, .wrong { font-weight: 600; color: var(--good); } .wrong { color: var(--bad); } .hit { background: var(--good); } .miss { background: var(--bad); }
-.dimension { display: grid; grid-template-columns: 1fr 1fr; gap: 0 12px; overflow-wrap: anywhere; } .dimension > .muted { grid-column: 1 / -1; }
-.score { display: flex; gap: 6px; align-items: center; } .number { flex: 0 0 4em; }
-.track { position: relative; flex: 1; height: 8px; background: var(--line); } .level { position: absolute; inset: 0 auto 0 0; }
-.level:not(.hit, .miss) { background: var(--ink); } .mark { position: absolute; inset: -2px auto; width: 2px; margin-left: -2px; background: var(--text); }
-"""
-
 # ------------------------------------------------------------------------------------------------------------------- page
 
 
@@ -375,26 +266,13 @@ def write(out: Path) -> Path:
     """Writes out/evaluate/report.html from what is in the run folder `out`, and returns its path."""
     results = read_results(out)
     judged = browser_data(out, results)
-    allowed = base64.b64encode(hashlib.sha256(SCRIPT.encode()).digest()).decode()
-    policy = f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{allowed}'; base-uri 'none'; form-action 'none'"
-    browser = '<p class="muted">Nothing has been judged yet.</p>'
-    if judged["pairs"]:
-        embedded = json.dumps(judged, separators=(",", ":")).replace("<", "\\u003c")
-        browser = f'<p>{len(judged["pairs"])} of {judged["of"]} judged pairs. {BROWSER}<script type="application/json" id="data">{embedded}</script>'
-        browser += f"<script>{SCRIPT}</script>"
-    title = f"Report of the run {escape(out.resolve().name)}"
-    page = f"""<!doctype html><html lang="en"><head><meta charset="utf-8"><meta http-equiv="Content-Security-Policy" content="{policy}">
-<meta name="viewport" content="width=device-width, initial-scale=1"><title>{title}</title><style>{STYLE}</style></head><body>
-<h1>{title}</h1>
-<p>A reward model looks at two candidates and says which is better. This run teaches one to reason first: to score both on several dimensions, to add the
-scores up and to let the sums decide. The stages build on each other in the order below; in colour is what each reported. In the tables every row is
-one checkpoint, so reading down shows what a stage changed: first whether the verdict is right, then whether the reasoning is. The curves show how the training
-got there, and the pairs at the end let you see the judgements themselves.</p>
-<h2>What each stage did</h2>{stages_section(out)}
-<h2>How well each stage judges</h2>{results_section(results)}
-<h2>How the training went</h2><p>Thin: every step. Thick: the mean of its neighbourhood.</p>{curves_section(out)}
-<h2>What the stages said, pair by pair</h2>{browser}</body></html>
-"""
+    page = (config.ROOT / "report_page.html").read_text(encoding="utf-8")
+    allowed = base64.b64encode(hashlib.sha256(page.rpartition("<script>")[2].partition("</script>")[0].encode()).digest()).decode()
+    values = {"policy": f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{allowed}'; base-uri 'none'; form-action 'none'",
+              "title": f"Report of the run {escape(out.resolve().name)}", "stages": stages_section(out), "results": results_section(results),
+              "curves": curves_section(out), "data": json.dumps(judged, separators=(",", ":")).replace("<", "\\u003c"),
+              "judged": f"{len(judged['pairs'])} of {judged['of']} judged pairs." if judged["pairs"] else "Nothing has been judged yet."}
+    page = string.Template(page).substitute(values)
     (out / "evaluate").mkdir(parents=True, exist_ok=True)
     config.write_text(out / "evaluate" / "report.html", page)
     return out / "evaluate" / "report.html"
