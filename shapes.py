@@ -323,6 +323,8 @@ def practice(rng: random.Random, kind: str, sample: Sample, scenes: list, dimens
     named = ", ".join(name(scene["items"][i]) + (f" moves {scene['moves']}" if i == 0 and "moves" in scene else "") for i in order)
     dimensions = dimensions or rng.sample(DIMENSIONS[task], rng.choice([1, 2, 2, 3]))
     chosen = lambda values, side=None: {d: values[d] if side is None else [values[d][side]] for d in dimensions}
+    sums = lambda scores: [sum(pair[side] for pair in scores.values()) for side in (0, 1)]
+    closing = lambda scores: (write_totals(noun, scores), f"<answer>{verdict_string(task, 1 if sums(scores)[0] > sums(scores)[1] else 2)}</answer>")
     if kind == "name":
         return [show, text(rng.choice(["Name the shapes.", "What is shown?"]))], named
     if kind == "name_pair":  # of an understanding pair there is only one picture
@@ -351,23 +353,20 @@ def practice(rng: random.Random, kind: str, sample: Sample, scenes: list, dimens
             response += "\n" + write_totals(noun, chosen(sample.scores))
         return media_parts(sample) + [text(steps_text(task, dimensions, steps))], f"{THINK}{response}</think>"
     if kind in ("total", "decide", "total_decide"):
-        sums = [0, 0]
-        while sums[0] == sums[1]:
+        scores = {}
+        while len(set(sums(scores))) == 1:
             scores = {d: [rng.choice(POSSIBLE), rng.choice(POSSIBLE)] for d in dimensions + [None] * (len(dimensions) == 1)}
-            sums = [sum(pair[side] for pair in scores.values()) for side in (0, 1)]
-        verdict = f"<answer>{verdict_string(task, 1 if sums[0] > sums[1] else 2)}</answer>"
+        totals, verdict = closing(scores)
         given = " ".join(f"{noun} {side + 1}: {', '.join(f'({pair[side]}/10)' for pair in scores.values())}." for side in (0, 1))
         if kind == "decide":
-            return [text(f"{write_totals(noun, scores)}\nSteps: decide.")], verdict
+            return [text(f"{totals}\nSteps: decide.")], verdict
         if kind == "total":
-            return [text(f"{given}\nSteps: total.")], write_totals(noun, scores)
-        return [text(f"{given}\nSteps: total, decide.")], f"{THINK}{write_totals(noun, scores)}</think>\n{verdict}"
+            return [text(f"{given}\nSteps: total.")], totals
+        return [text(f"{given}\nSteps: total, decide.")], f"{THINK}{totals}</think>\n{verdict}"
     if kind == "conclude":  # the same at the end of a judgement that is given
-        while len({sum(sample.scores[d][side] for d in dimensions) for side in (0, 1)}) == 1:
+        while len(set(sums(chosen(sample.scores)))) == 1:
             dimensions = rng.sample(DIMENSIONS[task], rng.choice([2, 3]))
-        given, totals = write_items(noun, chosen(sample.reasons), chosen(sample.scores)), write_totals(noun, chosen(sample.scores))
-        better = 1 if sum(pair[0] - pair[1] for pair in chosen(sample.scores).values()) > 0 else 2
-        verdict = f"<answer>{verdict_string(task, better)}</answer>"
+        given, (totals, verdict) = write_items(noun, chosen(sample.reasons), chosen(sample.scores)), closing(chosen(sample.scores))
         if rng.random() < 0.3:
             return media_parts(sample) + [text(f"{given}\n{totals}\nSteps: decide.")], verdict
         return media_parts(sample) + [text(f"{given}\nSteps: total, decide.")], f"{THINK}{totals}</think>\n{verdict}"
@@ -383,7 +382,7 @@ def practice(rng: random.Random, kind: str, sample: Sample, scenes: list, dimens
 
 def write_practice(folder, pairs: int, rows_per_pair: int, simple: int, rng: random.Random) -> None:
     """Practice of the base in the official SFT schema, one file for each phase of `sft.build_base`: SKILLS (`simple` exercises times the
-    factor); practice.jsonl, a mixture of all exercises; comparing.jsonl, comparisons of pictures and clips; consolidation.jsonl, the mixture again, with
+    factor); practice.jsonl, a mixture of all exercises, and if `simple` is 0 the only file; comparing.jsonl, comparisons of pictures and clips; consolidation.jsonl, the mixture again, with
     more comparing and less of understanding, which is learnt sooner. One generation pair in five is a tie, which only the direct mode can say."""
     tasks = list(DIMENSIONS)
     made = write_split(folder, "pairs", [(tasks[k % 4], is_generation(tasks[k % 4]) and k % 40 < 8) for k in range(pairs)], SEEN, rng)
@@ -403,13 +402,12 @@ def write_practice(folder, pairs: int, rows_per_pair: int, simple: int, rng: ran
             rows += [(kind, *practice(rng, kind, sample, scenes)) for kind in kinds]
         return rows
 
-    files = {name: skill(*rest) for name, *rest in SKILLS}
+    files = {name: skill(*rest) for name, *rest in SKILLS if simple}
     files["practice"] = mixture(PRACTICE, rows_per_pair)
-    files["comparing"] = skill(1.6, ("compare",) * 6 + ("name_pair",), ("image_generation", "video_generation"), None)
-    files["consolidation"] = mixture(CONSOLIDATION, rows_per_pair // 3)
+    if simple:
+        files["comparing"] = skill(1.6, ("compare",) * 6 + ("name_pair",), ("image_generation", "video_generation"), None)
+        files["consolidation"] = mixture(CONSOLIDATION, rows_per_pair // 3)
     for file, written in files.items():
-        if not written:
-            continue
         write_jsonl(folder / f"{file}.jsonl", ({"kind": kind, "conversations": [{"from": "human", "value": text}, {"from": "gpt", "value": response}], "images": images}
                                                for kind, (text, images), response in ((kind, to_text(parts), response) for kind, parts, response in written)))
 
