@@ -169,7 +169,7 @@ def all_text(example: tuple) -> str:
 def build_base(settings: config.Settings, folder: Path) -> str:
     """Draws the practice, trains the tokenizer on it, then the model: single skills one after the other, then the mixture. Told apart,
     skills are learnt in minutes each; from the mixture alone, checking was still near chance after ten. Then once more: comparing two pictures,
-    which the mixture had left at 15 to 70% of the lines right, and the mixture."""
+    of which the mixture had left 15 to 70% of the lines right, and the mixture."""
     import shapes
 
     base = settings.base
@@ -179,7 +179,7 @@ def build_base(settings: config.Settings, folder: Path) -> str:
     tokenizer = shapes.train_tokenizer([all_text(example) for example in practice], settings.model.vocab_size)
     model, processor = shapes.build_small(settings.model, tokenizer)
     skill, once = config.dataclasses.replace(base, epochs=1.0, lr=base.simple_lr), config.dataclasses.replace(base, epochs=1.0)
-    phases = [(name, skill) for name, *_ in shapes.SKILLS] + [("practice", base), ("comparing", once), ("consolidation", base)]
+    phases = [(name, skill) for name, *_ in shapes.SKILLS] + [("practice", base)] + [(name, once) for name, *_ in shapes.COMPARISONS] + [("consolidation", base)]
     for phase, own in phases:
         train(model, processor, data.read_conversations(folder / f"{phase}.jsonl"), own, folder, phase, f"base: {phase}")
     M.save(model, processor, folder, torch.float16)

@@ -301,15 +301,20 @@ CONSOLIDATION = PRACTICE | {"compare": 16, "conclude": 8, "direct": 4}
 # is learnt in 100 to 800 steps; in a mixture from the start most stay at chance. Naming the shapes of *one of two* pictures comes before any
 # comparison: it has the most to say per token about which picture is meant, and what is learnt there carries over. Some naming goes along
 # with the checks: without it checking stayed at chance for as long as it was tried.
+EVERY, PAIRED = tuple(DIMENSIONS), ("image_generation", "video_generation")
+CONSISTENCY = ("compare", "compare", "compare", "name_pair"), PAIRED, ["semantic consistency"]
 SKILLS = (
     ("naming", 1.0, ("name",), ("image_generation", "image_understanding"), None),
     ("checking", 2.0, ("check", "check", "check", "name"), ("image_generation", "image_understanding"), None),
-    ("name_pair", 1.5, ("name_pair",), ("image_generation", "video_generation"), None),
+    ("name_pair", 1.5, ("name_pair",), PAIRED, None),
     ("aesthetics", 0.5, ("compare",), ("image_generation",), ["aesthetics"]),
-    ("authenticity", 0.6, ("compare",), ("image_generation", "video_generation"), ["authenticity"]),
+    ("authenticity", 0.6, ("compare",), PAIRED, ["authenticity"]),
     ("correctness", 0.5, ("compare",), ("image_understanding", "video_understanding"), ["correctness"]),
-    ("consistency", 1.5, ("compare", "compare", "compare", "name_pair"), ("image_generation", "video_generation"), ["semantic consistency"]),
+    ("consistency", 1.5, *CONSISTENCY),
 )
+# After it, what the mixture has not taught: which of the items are in which of two pictures takes by far the longest, and a candidate's line
+# has to be found again with all dimensions around it.
+COMPARISONS = (("pairing", 2.5, *CONSISTENCY), ("comparing", 3.2, ("compare",) * 6 + ("name_pair",), EVERY, None))
 
 
 def practice(rng: random.Random, kind: str, sample: Sample, scenes: list, dimensions: list | None = None) -> tuple:
@@ -376,13 +381,13 @@ def practice(rng: random.Random, kind: str, sample: Sample, scenes: list, dimens
         fact = rng.choice(sample.reasons[DIMENSIONS[task][0]][k].split(", "))
         asked, answer = fact.rsplit(" ", 1)
         return [show, text(f"Is this shown: {asked}? Steps: check, decide.")], f"{THINK}{fact}</think>\n<answer>{answer}</answer>"
-    allow_tie = is_generation(task) and rng.random() < 0.3
+    allow_tie = is_generation(task) and (sample.label == 0 or rng.random() < 0.5)
     return build_prompt(sample, "answer", allow_tie=allow_tie), f"<answer>{verdict_string(task, sample.label)}</answer>"
 
 
 def write_practice(folder, pairs: int, rows_per_pair: int, simple: int, rng: random.Random) -> None:
     """Practice of the base in the official SFT schema, one file for each phase of `sft.build_base`: SKILLS (`simple` exercises times the
-    factor); practice.jsonl, a mixture of all exercises, and if `simple` is 0 the only file; comparing.jsonl, comparisons of pictures and clips; consolidation.jsonl, the mixture again, with
+    factor); practice.jsonl, a mixture of all exercises, and if `simple` is 0 the only file; COMPARISONS; consolidation.jsonl, the mixture again, with
     more comparing and less of understanding, which is learnt sooner. One generation pair in five is a tie, which only the direct mode can say."""
     tasks = list(DIMENSIONS)
     made = write_split(folder, "pairs", [(tasks[k % 4], is_generation(tasks[k % 4]) and k % 40 < 8) for k in range(pairs)], SEEN, rng)
@@ -395,17 +400,13 @@ def write_practice(folder, pairs: int, rows_per_pair: int, simple: int, rng: ran
         rows = []
         for sample, scenes in made:
             kinds = rng.choices(list(weights), list(weights.values()), k=rows_per_pair if is_generation(sample.task) else of_understanding)
-            if sample.label == 0:
-                parts = build_prompt(sample, "answer", allow_tie=True)
-                rows.append(("direct", parts, f"<answer>{verdict_string(sample.task, 0)}</answer>"))
-                kinds = [kind for kind in kinds if kind not in ("direct", "conclude")]
-            rows += [(kind, *practice(rng, kind, sample, scenes)) for kind in kinds]
+            rows += [(kind, *practice(rng, kind, sample, scenes)) for kind in kinds if sample.label or kind != "conclude"]
         return rows
 
     files = {name: skill(*rest) for name, *rest in SKILLS if simple}
     files["practice"] = mixture(PRACTICE, rows_per_pair)
     if simple:
-        files["comparing"] = skill(1.6, ("compare",) * 6 + ("name_pair",), ("image_generation", "video_generation"), None)
+        files |= {name: skill(*rest) for name, *rest in COMPARISONS}
         files["consolidation"] = mixture(CONSOLIDATION, rows_per_pair // 3)
     for file, written in files.items():
         write_jsonl(folder / f"{file}.jsonl", ({"kind": kind, "conversations": [{"from": "human", "value": text}, {"from": "gpt", "value": response}], "images": images}

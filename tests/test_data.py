@@ -734,7 +734,7 @@ def test_written_practice_has_every_kind_no_held_out_item_and_ties_only_where_as
     rows = data.read_jsonl(tmp_path / "practice.jsonl")
     assert {row["kind"] for row in rows} == set(shapes.PRACTICE)
     assert {row["kind"] for row in data.read_jsonl(tmp_path / "consolidation.jsonl")} == set(shapes.CONSOLIDATION)
-    for skill, factor, kinds, tasks, dimensions in shapes.SKILLS:
+    for skill, factor, kinds, tasks, dimensions in shapes.SKILLS + shapes.COMPARISONS:
         simple = data.read_jsonl(tmp_path / f"{skill}.jsonl")
         assert len(simple) == round(30 * factor) and {row["kind"] for row in simple} <= set(kinds)
         if dimensions:
