@@ -24,6 +24,7 @@ from pathlib import Path
 # Two torch threads beside another busy process would spin-wait for each other, ten times slower; asleep they cost a few per cent.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 ROOT = Path(__file__).resolve().parent
+distributed = lambda: importlib.import_module("torch.distributed")  # torch is imported late: --help and a mistyped setting answer at once
 
 
 class UserError(Exception):
@@ -298,11 +299,11 @@ def do_stage(stage: str, settings: Settings, out: Path, command: str) -> None:
             shutil.rmtree(item) if item.is_dir() else item.unlink()
     wait_for_all()
     folder.mkdir(parents=True, exist_ok=True)
-    import torch  # here, so that --help and a mistyped setting answer at once
+    import torch
 
     if settings.run.threads:
         torch.set_num_threads(settings.run.threads)
-    torch.manual_seed(seed_of(f"{settings.run.seed}/{stage}"))
+    torch.manual_seed(int.from_bytes(hashlib.sha256(f"{settings.run.seed}/{stage}".encode()).digest()[:4], "big"))
     made = importlib.import_module(script).run(stage, settings, folder)
     resolved = {section: dataclasses.asdict(getattr(settings, section)) for section in ["run", *sections]}
     done = {"id": f"{stage} {time.time_ns()}", "inputs": [made_by(s, out) for s in inputs], "fingerprint": fingerprint(stage, settings),
@@ -324,14 +325,26 @@ def is_main() -> bool:
 
 def join_processes() -> None:
     if world()[1] > 1:
-        import torch
-
-        if gpu := torch.cuda.is_available():
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))  # what "cuda" means from here on
+        if gpu := importlib.import_module("torch").cuda.is_available():
+            importlib.import_module("torch").cuda.set_device(int(os.environ["LOCAL_RANK"]))  # what "cuda" means from here on
         # One may wait for hours while another asks a teacher; a process that dies is torchrun's to notice, and it ends the others.
-        torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo", timeout=timedelta(days=7))
+        distributed().init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo", timeout=timedelta(days=7))
         if not is_main():
             sys.stdout = open(os.devnull, "w")
+
+
+def leave_processes() -> None:
+    """At the end of a run without faults; unasked, the threads of gloo may abort a process that exits."""
+    if world()[1] > 1:
+        wait_for_all()
+        distributed().destroy_process_group()
+
+
+def give_up(error: UserError) -> None:
+    """Ends this process; torchrun then ends the others. What several processes meet is said once, by the first."""
+    if world()[1] == 1 or distributed().distributed_c10d._get_default_store().add(str(error), 1) == 1:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+    sys.exit(2)
 
 
 def share(items):
@@ -344,29 +357,13 @@ def gather(made: list) -> list:
     """One result for each item of this process's `share` -> the results for all items, in their order, in every process."""
     parts = [made] * world()[1]
     if len(parts) > 1:
-        import torch
-
-        torch.distributed.all_gather_object(parts, made)
+        distributed().all_gather_object(parts, made)
     return [parts[k % len(parts)][k // len(parts)] for k in range(sum(map(len, parts)))]
-
-
-def give_up(error: UserError) -> None:
-    """Ends this process; torchrun then ends the others. What several processes meet is said once, by the first."""
-    import torch
-
-    if world()[1] == 1 or torch.distributed.distributed_c10d._get_default_store().add(str(error), 1) == 1:
-        print(f"error: {error}", file=sys.stderr)
-    sys.exit(2)
 
 
 def wait_for_all() -> None:
     """What one process has written is there for all from here on."""
     gather([])
-
-
-def seed_of(name: str) -> int:
-    """For torch: the same wherever and whenever `name` is."""
-    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "big")
 
 
 def checkpoint(stage: str, settings: Settings, out: Path) -> str:
@@ -427,6 +424,7 @@ def main(default_stage: str) -> None:
         if whole:
             print("\n" + (out / "evaluate" / "table.txt").read_text())
         print(f"report: {out / 'evaluate' / 'report.html'}" if whole else f"{stage} is ready in {out / stage}")
+        leave_processes()
     except UserError as error:
         give_up(error)
     except KeyboardInterrupt:

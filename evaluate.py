@@ -437,6 +437,7 @@ def command_line(command: str, arguments: list) -> None:
     for name, how in options.items():
         parser.add_argument(name, **how)
     run_command(parser.parse_intermixed_args(arguments))
+    config.leave_processes()
 
 
 if __name__ == "__main__":

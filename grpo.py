@@ -164,7 +164,8 @@ def run(stage: str, settings: config.Settings, folder: Path) -> str:
     start = config.checkpoint(own.start, settings, out)
     processes = config.world()[1]
     if own.prompts_per_step < processes or (settings.run.shard and own.prompts_per_step % processes):
-        raise config.UserError(f"prompts_per_step = {own.prompts_per_step} is too few for {processes} processes, or (run.shard) no multiple of them")
+        raise config.UserError(f"prompts_per_step = {own.prompts_per_step} cannot be dealt out to {processes} processes"
+                               + f": run.shard needs a multiple of {processes}" * settings.run.shard)
     model, processor = M.load(start, shard=settings.run.shard)
     reference = M.load(start, shard=settings.run.shard)[0] if own.beta else None
     optimizer = optimizer_for(model, own)
@@ -177,7 +178,8 @@ def run(stage: str, settings: config.Settings, folder: Path) -> str:
             batch = [sample.swapped() if sample.turns and rng.random() < 0.5 else sample for sample in batch]
         clock, mine = [time.time()], config.share(batch)  # the prompts of this process; all of them, where it is the only one
         prompts = [M.encode(processor, model, data.build_prompt(s, own.mode), data.THINK if own.mode == "think" else "") for s in mine]
-        seeds = config.share([config.seed_of(f"{settings.run.seed}/{stage}/{step}/{k}") for k in range(len(batch))])
+        draw = random.Random(f"{settings.run.seed}/{stage}/{step}")  # what is sampled depends on step and prompt, not on the process
+        seeds = config.share([draw.getrandbits(32) for _ in batch])
         made, texts, rewards = rollout(model, processor, mine, own, prompts, seeds)
         total = sum(getattr(own, f"{name}_weight") * reward for name, reward in rewards.items())  # [P, G]
         advantages = group_advantages(total, own.scale_by_std)
@@ -185,9 +187,9 @@ def run(stage: str, settings: config.Settings, folder: Path) -> str:
         ref_logprobs = None
         if reference is not None:
             with torch.no_grad():
-                pieces = [(prompts[k : k + n], slice(k * own.group_size, (k + n) * own.group_size)) for n in [own.micro_prompts] for k in range(0, len(mine), n)]
-                ref_logprobs = torch.cat([M.completion_logprobs(reference, processor, some, made.ids[rows], made.lengths[rows], own.temperature)
-                                          for some, rows in pieces])
+                rows, starts = own.micro_prompts * own.group_size, range(0, len(mine), own.micro_prompts)
+                ref_logprobs = torch.cat([M.completion_logprobs(reference, processor, prompts[k : k + own.micro_prompts], ids, lengths, own.temperature)
+                                          for k, ids, lengths in zip(starts, made.ids.split(rows), made.lengths.split(rows))])
         clock.append(time.time())
         rate = learning_rate(step, own.steps, own.lr, own.warmup)
         for group in optimizer.param_groups:

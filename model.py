@@ -60,23 +60,20 @@ def device_of(model) -> torch.device:
 # ----------------------------------------------------------------------------------------------------------- load and save
 
 
-def precision(kind) -> torch.dtype:
-    """What a model with this configuration computes in: bf16 on a GPU; fp32 on the CPU, where bf16 is far slower, and where little is gained."""
-    return torch.bfloat16 if torch.cuda.is_available() and kind.text_config.hidden_size >= 512 else torch.float32
-
-
 def load(path: str, dtype: torch.dtype | None = None, shard: bool = False) -> tuple:
-    """(model in eval mode, Processor) of one of BACKBONES, from a Hugging Face folder or hub name. sft.optimizer_for keeps fp32 weights beside
-    those in bf16. `shard`, under torchrun: this process keeps its part of them, in fp32, and FSDP2 fetches a layer, in bf16, while it runs."""
+    """(model in eval mode, Processor) of one of BACKBONES, from a Hugging Face folder or hub name. bf16 on a GPU (sft.optimizer_for keeps fp32
+    weights beside it); fp32 on the CPU, where bf16 is far slower, and for small models, which gain nothing. `shard`, under torchrun: this process
+    keeps its part of the weights, in fp32, and FSDP2 fetches the rest of a layer, rounded so, while the layer runs."""
     if not Path(path).is_dir() and Path(path).is_absolute():
         raise config.UserError(f"no model folder {path}")
-    shard, optional = shard and config.world()[1] > 1, {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
+    gpu, optional = torch.cuda.is_available(), {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
     try:
         kind = AutoConfig.from_pretrained(path)
         if kind.model_type not in BACKBONES:
             raise config.UserError(f"{path} is a {kind.model_type}; this project runs {', '.join(BACKBONES)}")
-        dtype = torch.float32 if shard else dtype or precision(kind)
-        model, report = AutoModelForImageTextToText.from_pretrained(path, dtype=dtype, attn_implementation="sdpa", output_loading_info=True)
+        dtype, shard = dtype or (torch.bfloat16 if gpu and kind.text_config.hidden_size >= 512 else torch.float32), shard and config.world()[1] > 1
+        model, report = AutoModelForImageTextToText.from_pretrained(path, dtype=torch.float32 if shard else dtype, attn_implementation="sdpa",
+                                                                    output_loading_info=True)
         files = {name: Path(file).read_text(encoding="utf-8") for name in KEPT_FILES if (file := cached_file(path, name, **optional))}
         tokenizer, image_processor = AutoTokenizer.from_pretrained(path), AutoImageProcessor.from_pretrained(path, backend="pil")  # no torchvision
     except (OSError, ValueError) as error:
@@ -86,16 +83,16 @@ def load(path: str, dtype: torch.dtype | None = None, shard: bool = False) -> tu
         raise config.UserError(f"{path} lacks {', '.join(sorted(report['missing_keys'])[:1]) or 'a chat template'}; is the folder complete?")
     if kind.model_type == "llava_onevision":
         model.model.register_forward_pre_hook(llava_inputs, with_kwargs=True)
-    model = spread(model) if shard else model.to("cuda" if torch.cuda.is_available() else "cpu")
+    model = spread(model, dtype) if shard else model.to("cuda" if gpu else "cpu")
     return model.eval(), Processor(tokenizer, image_processor, files)
 
 
-def spread(model):
-    """The weights dealt out to the processes, layer by layer; gradients come back added up over all of them."""
-    policy = MixedPrecisionPolicy(param_dtype=precision(model.config), reduce_dtype=torch.float32)
+def spread(model, dtype: torch.dtype):
+    """The weights dealt out to the processes, layer by layer; gradients come back added up over all of them. It computes and is saved in `dtype`."""
+    policy, model.config.dtype = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32), dtype
     for part in [*model.model.language_model.layers, model]:
         fully_shard(part, mp_policy=policy).set_gradient_divide_factor(1.0)
-    model.set_force_sum_reduction_for_comms(True)
+        part.set_force_sum_reduction_for_comms(True)  # gloo knows no other
     model.set_reduce_scatter_unused_params(True)  # a picture-less share, too, sends the gradients of the vision tower
     return model
 
@@ -112,8 +109,8 @@ def save(model, processor: Processor, folder: Path, dtype: torch.dtype | None = 
     """An ordinary Hugging Face folder. `dtype`: precision of the written weights only."""
     state = {}
     for name, value in model.named_parameters():  # tied weights once
-        value = value.full_tensor() if isinstance(value, DTensor) else value  # all processes together
-        state |= {name: value.detach().to("cpu", dtype or precision(model.config))} if config.is_main() else {}
+        value = value.detach().full_tensor().to(model.config.dtype) if isinstance(value, DTensor) else value.detach()  # all processes together
+        state |= {name: value.to("cpu", dtype)} if config.is_main() else {}
     if not config.is_main():
         return
     model.save_pretrained(folder, state_dict=state)
@@ -290,13 +287,6 @@ class Completions:
         return torch.arange(self.ids.shape[1], device=self.ids.device) < self.lengths[:, None]
 
 
-def pick_tokens(scores: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
-    """A token of softmax(scores) for each row: the first whose cumulated probability exceeds `uniform`; in fp64, where the unlikely ones of a
-    large vocabulary are not lost. scores [B, V], uniform [B] in [0, 1) -> [B]"""
-    cumulated = scores.softmax(-1).cumsum(-1, dtype=torch.float64)
-    return torch.searchsorted(cumulated, (uniform * cumulated[:, -1])[:, None], right=True)[:, 0]
-
-
 @torch.no_grad()
 def generate(model, processor: Processor, prompts: list, group_size: int = 1, max_new_tokens: int = 2048, temperature: float = 1.0,
              batch_rows: int = 256, seeds: list | None = None, label: str = "") -> Completions:
@@ -329,7 +319,10 @@ def generate(model, processor: Processor, prompts: list, group_size: int = 1, ma
         uniform = torch.cat(uniform).to(device)  # [B, T]
         for step in range(max_new_tokens):
             scores = (logits.float() / (temperature or 1.0)).index_fill(-1, banned, float("-inf"))
-            token = scores.argmax(-1) if temperature == 0 else pick_tokens(scores, uniform[:, step])
+            token = scores.argmax(-1)
+            if temperature:  # the first whose cumulated probability exceeds the row's number; in fp32 a large vocabulary would lose its unlikely ones
+                cumulated = scores.softmax(-1).cumsum(-1, dtype=torch.float64)
+                token = torch.searchsorted(cumulated, (uniform[:, step] * cumulated[:, -1])[:, None], right=True)[:, 0]
             chosen = scores.gather(-1, token[:, None])[:, 0] - scores.logsumexp(-1)
             live = rows[alive]
             ids[live, step], logprobs[live, step] = token[alive], chosen[alive]

@@ -9,6 +9,7 @@ Writes correct.jsonl (SFT schema: correct and well-formed), wrong.jsonl (GRPO sc
 """
 
 import json
+import random
 from pathlib import Path
 
 import config
@@ -26,7 +27,8 @@ def run(stage: str, settings: config.Settings, folder: Path) -> str:
     else:
         model, processor = M.load(config.checkpoint("cold_start", settings, out))
         prompts = [M.encode(processor, model, data.build_prompt(sample, "think"), data.THINK) for sample in config.share(samples)]
-        seeds = config.share([config.seed_of(f"{settings.run.seed}/rejection/{k}") for k in range(len(samples))])
+        rng = random.Random(f"{settings.run.seed}/rejection")
+        seeds = config.share([rng.getrandbits(32) for _ in samples])
         made = M.generate(model, processor, prompts, 1, own.max_new_tokens, own.temperature, own.batch_rows, seeds, "judging the pool")
         texts = config.gather([data.THINK + processor.text(ids[:length]) for ids, length in zip(made.ids, made.lengths)])
     correct, wrong, counts = [], [], {task: {"pairs": 0, "correct": 0, "malformed": 0} for task in data.TASKS}

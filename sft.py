@@ -128,7 +128,7 @@ def train(model, processor, examples: list, settings: config.SFT, folder: Path, 
     steps = max(1, round(len(examples) * settings.epochs / settings.batch_size))
     rng, order, started, processes = random.Random(seed), [], time.time(), config.world()[1]
     if isinstance(learning[0], DTensor) and settings.batch_size % processes:
-        raise config.UserError(f"{label}: run.shard deals out equal shares, and batch_size = {settings.batch_size} is no multiple of {processes} processes")
+        raise config.UserError(f"{label}: batch_size = {settings.batch_size} is no multiple of the {processes} processes, which run.shard needs")
     for step in config.progress(range(steps), label):
         while len(order) < settings.batch_size:
             order += rng.sample(range(len(examples)), len(examples))
