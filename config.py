@@ -454,7 +454,7 @@ def log(folder: Path, row: dict, file: str = "metrics.jsonl") -> None:
 def progress(items, label: str):
     """Yields from the sequence `items`: a tqdm bar on a terminal; in a log file, where a bar's carriage returns are unreadable, a line
     every twenty seconds."""
-    if sys.stderr.isatty():
+    if sys.stderr.isatty() and is_main():
         from tqdm import tqdm
 
         yield from tqdm(items, desc=f"   {label}", leave=False, mininterval=0.5)

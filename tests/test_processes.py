@@ -28,7 +28,7 @@ def work(out: Path, *jobs) -> None:
     """What every process does, one or many."""
     settings = config.load_settings("smoke", OVERRIDES)
     for job in jobs:
-        settings.run.shard = job.endswith("shard")
+        settings.run.shard = settings.cold_start.gradient_checkpointing = job.endswith("shard")
         if job in config.STAGES:
             config.do_stage(job, settings, out, "")
         elif job.startswith(("policy", "cold_start")):
