@@ -42,7 +42,8 @@ def work(out: Path, *jobs) -> None:
             if job == "missing":
                 samples[1].media = [str(out / "missing.png")] * 2
             judge = M.load(str(config.ROOT / "configs" / "small-base"))
-            made = {votes: evaluate.judge(*judge, samples, "answer", own, False, "", (False, True), votes=votes) for votes in (0, 3)}
+            orders = (False,) if job == "missing" else (False, True)
+            made = {votes: evaluate.judge(*judge, samples, "answer", own, False, "", orders, votes=votes) for votes in (0, 3)}
             config.write_text(out / "judged.json", json.dumps(made))
 
 
