@@ -18,11 +18,13 @@ import sys
 import time
 import tomllib
 from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
 
 # Two torch threads beside another busy process would spin-wait for each other, ten times slower; asleep they cost a few per cent.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 ROOT = Path(__file__).resolve().parent
+distributed = lambda: importlib.import_module("torch.distributed")  # torch is imported late: --help and a mistyped setting answer at once
 
 
 class UserError(Exception):
@@ -45,6 +47,7 @@ def shaping(section) -> dict:
 class Run:
     seed: int = setting(0, "moves the world, the data order and the sampling")
     threads: int = setting(0, "CPU threads of torch; 0 leaves torch's own choice")
+    shard: bool = setting(False, "under torchrun: each process keeps a part of weights, gradients and Adam's moments (FSDP2)")
 
 
 @dataclass
@@ -296,7 +299,11 @@ def do_stage(stage: str, settings: Settings, out: Path, command: str) -> None:
             shutil.rmtree(item) if item.is_dir() else item.unlink()
     wait_for_all()
     folder.mkdir(parents=True, exist_ok=True)
-    seed_everything(settings, stage)
+    import torch
+
+    if settings.run.threads:
+        torch.set_num_threads(settings.run.threads)
+    torch.manual_seed(int.from_bytes(hashlib.sha256(f"{settings.run.seed}/{stage}".encode()).digest()[:4], "big"))
     made = importlib.import_module(script).run(stage, settings, folder)
     resolved = {section: dataclasses.asdict(getattr(settings, section)) for section in ["run", *sections]}
     done = {"id": f"{stage} {time.time_ns()}", "inputs": [made_by(s, out) for s in inputs], "fingerprint": fingerprint(stage, settings),
@@ -306,34 +313,57 @@ def do_stage(stage: str, settings: Settings, out: Path, command: str) -> None:
     print(f"   {made} ({done['seconds']:.0f} s) -> {folder}", flush=True)
 
 
+def world() -> tuple:
+    """(rank, processes), as torchrun says, on however many machines; they share the run folder."""
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
 def is_main() -> bool:
     """Under torchrun only the first process writes files and prints."""
-    return os.environ.get("RANK", "0") == "0"
+    return world()[0] == 0
 
 
 def join_processes() -> None:
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        import torch
-
-        torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+    if world()[1] > 1:
+        if gpu := importlib.import_module("torch").cuda.is_available():
+            importlib.import_module("torch").cuda.set_device(int(os.environ["LOCAL_RANK"]))  # what "cuda" means from here on
+        # One may wait for hours while another asks a teacher; a process that dies is torchrun's to notice, and it ends the others.
+        distributed().init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo", timeout=timedelta(days=7))
         if not is_main():
             sys.stdout = open(os.devnull, "w")
 
 
+def leave_processes() -> None:
+    """At the end of a run without faults; unasked, the threads of gloo may abort a process that exits."""
+    if world()[1] > 1:
+        wait_for_all()
+        distributed().destroy_process_group()
+
+
+def give_up(error: UserError) -> None:
+    """Ends this process; torchrun then ends the others. What several processes meet is said once, by the first."""
+    if world()[1] == 1 or distributed().distributed_c10d._get_default_store().add(str(error), 1) == 1:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+    sys.exit(2)
+
+
+def share(items):
+    """This process's part of what there is to do, of a list or the rows of a tensor: every n-th, since neighbours are alike in cost."""
+    rank, processes = world()
+    return items[rank::processes]
+
+
+def gather(made: list) -> list:
+    """One result for each item of this process's `share` -> the results for all items, in their order, in every process."""
+    parts = [made] * world()[1]
+    if len(parts) > 1:
+        distributed().all_gather_object(parts, made)
+    return [parts[k % len(parts)][k // len(parts)] for k in range(sum(map(len, parts)))]
+
+
 def wait_for_all() -> None:
     """What one process has written is there for all from here on."""
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        import torch
-
-        torch.distributed.barrier()
-
-
-def seed_everything(settings: Settings, stage: str) -> None:
-    import torch  # here, so that --help and a mistyped setting answer at once
-
-    if settings.run.threads:
-        torch.set_num_threads(settings.run.threads)
-    torch.manual_seed(int.from_bytes(hashlib.sha256(f"{settings.run.seed}/{stage}".encode()).digest()[:4], "big"))
+    gather([])
 
 
 def checkpoint(stage: str, settings: Settings, out: Path) -> str:
@@ -351,6 +381,7 @@ def main(default_stage: str) -> None:
     arguments, options, overrides = sys.argv[1:], {}, []
     flags = {"force": False, "help": False}
     try:
+        join_processes()
         if default_stage == "data" and arguments[:1] == ["inspect"]:
             return importlib.import_module("report").inspect(arguments[1:])
         while arguments:
@@ -375,7 +406,6 @@ def main(default_stage: str) -> None:
             return print(help_text(__main__.__doc__))
         if "config" not in options:
             raise UserError("say which settings: --config small (or a path to a .toml file); --help lists everything")
-        join_processes()
         stage = options.get("stage", default_stage)
         script = STAGES[default_stage][0]
         allowed = [name for name, entry in STAGES.items() if entry[0] == script]
@@ -394,9 +424,9 @@ def main(default_stage: str) -> None:
         if whole:
             print("\n" + (out / "evaluate" / "table.txt").read_text())
         print(f"report: {out / 'evaluate' / 'report.html'}" if whole else f"{stage} is ready in {out / stage}")
+        leave_processes()
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        give_up(error)
     except KeyboardInterrupt:
         print("\ninterrupted: finished stages are kept; the same command goes on from the one that was running", file=sys.stderr)
         sys.exit(130)
@@ -424,7 +454,7 @@ def log(folder: Path, row: dict, file: str = "metrics.jsonl") -> None:
 def progress(items, label: str):
     """Yields from the sequence `items`: a tqdm bar on a terminal; in a log file, where a bar's carriage returns are unreadable, a line
     every twenty seconds."""
-    if sys.stderr.isatty():
+    if sys.stderr.isatty() and is_main():
         from tqdm import tqdm
 
         yield from tqdm(items, desc=f"   {label}", leave=False, mininterval=0.5)

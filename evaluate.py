@@ -25,7 +25,6 @@ import sys
 from pathlib import Path
 
 import numpy as np
-import torch
 
 import config
 import data
@@ -99,9 +98,11 @@ def judge(model, processor, samples: list, mode: str, own: config.Evaluate, allo
     if processor is None:
         texts = [reply["text"] for reply in distill.ask(shown, own, **model, mode=mode, allow_tie=allow_tie, label=label)]
     else:
-        prompts = [M.encode(processor, model, data.build_prompt(s, mode, style, allow_tie), prefix) for s in shown]
-        made = M.generate(model, processor, prompts, repeats, own.max_new_tokens, 1.0 if votes else 0.0, batch_rows=own.batch_rows, label=label)
+        prompts = [M.encode(processor, model, data.build_prompt(s, mode, style, allow_tie), prefix) for s in config.share(shown)]
+        seeds, temperature = config.share(range(len(shown))), 1.0 if votes else 0.0
+        made = M.generate(model, processor, prompts, repeats, own.max_new_tokens, temperature, own.batch_rows, seeds, label)
         texts = [prefix + processor.text(ids[:length]) for ids, length in zip(made.ids, made.lengths)]
+        texts = [text for some in config.gather([texts[k : k + repeats] for k in range(0, len(texts), repeats)]) for text in some]
     rows = []
     for (sample, swapped), text in zip([one for one in asked for _ in range(repeats)], texts):
         verdict = data.parse_verdict(text, sample.task)
@@ -144,6 +145,7 @@ def judge_checkpoint(stage: str, mode: str, settings: config.Settings, out: Path
         ties = [r for r in rows if r["split"] == "ties"]
         made["ties"] = {name: cell["accuracy"] for name, cell in tie_metrics(ties).items()} if ties else {}
         config.write_text(mark, json.dumps(made, indent=1))
+    config.wait_for_all()
     return json.loads(mark.read_text())
 
 
@@ -195,7 +197,8 @@ def run(stage: str, settings: config.Settings, folder: Path) -> str:
     results = [{"name": name, "stage": checkpoint, "mode": mode} | judge_checkpoint(checkpoint, mode, settings, out) for name, checkpoint, mode in config.ROWS]
     config.write_text(folder / "results.json", json.dumps({"rows": results}, indent=1))
     config.write_text(folder / "table.txt", table(results))
-    report.write(out)
+    if config.is_main():
+        report.write(out)
     return f"{len(results)} rows"
 
 
@@ -290,6 +293,7 @@ def bench(options) -> None:
     kept, ties = out.with_suffix(".jsonl"), any(sample.label == 0 for sample in samples.values())
     rows = data.read_jsonl(kept) if kept.exists() else []
     done = {row["id"] for row in rows if row["swapped"]}  # the second order is written last
+    config.wait_for_all()  # all have read what the first may now cut
     data.write_jsonl(kept, rows := [row for row in rows if row["id"] in done])
     todo = [sample for key, sample in samples.items() if key not in done]
     model, processor = M.load(source) if todo else (None, None)
@@ -389,7 +393,6 @@ def judge_command(options) -> None:
     pairs, of = [(i, j) for j in range(len(names)) for i in range(j)], lambda values, pair: [values[k] for k in pair]
     samples = [data.Sample("", task, options.prompt, fit(of(media, p) if generation else media), [] if generation else of(names, p)) for p in pairs]
     source, style, template, own = choose_model(options)
-    torch.manual_seed(0)
     orders, noun = (False, True) if options.votes or options.rank else (False,), data.candidate_noun(task)
     results = judge_pairs(*M.load(source), samples, options.mode, options.votes, orders, style, template, own)
     said = {answer: text for text, answer in data.verdict_strings(task).items()} | {0: "undecided", None: "unreadable"}
@@ -427,17 +430,18 @@ COMMANDS = {  # name: (function, options as argparse takes them)
 def command_line(command: str, arguments: list) -> None:
     def refuse(message):
         raise config.UserError(message)
+    config.join_processes()
     run_command, options = COMMANDS[command]
     parser = argparse.ArgumentParser(prog=f"evaluate.py {command}", description=run_command.__doc__, allow_abbrev=False)
     parser.error = refuse
     for name, how in options.items():
         parser.add_argument(name, **how)
     run_command(parser.parse_intermixed_args(arguments))
+    config.leave_processes()
 
 
 if __name__ == "__main__":
     try:
         command_line(sys.argv[1], sys.argv[2:]) if sys.argv[1:2] and sys.argv[1] in COMMANDS else config.main("evaluate")
     except config.UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        config.give_up(error)

@@ -18,6 +18,7 @@ those of the distribution that was sampled. (5) The prompt is run once per group
     python grpo.py --config small
 """
 
+import math
 import random
 import re
 import time
@@ -28,7 +29,7 @@ import torch
 import config
 import data
 import model as M
-from sft import learning_rate, optimizer_for
+from sft import join_gradients, learning_rate, optimizer_for
 
 # ---------------------------------------------------------------------------------------------------------- the mathematics
 
@@ -105,18 +106,24 @@ def rewards_of(text: str, sample: data.Sample, mode: str) -> dict:
 # -------------------------------------------------------------------------------------------------------- rollout and update
 
 
-def rollout(model, processor, samples: list, own: config.GRPO, prompts: list) -> tuple:
-    """G completions per prompt: (Completions, texts [P * G], {reward: [P, G]})."""
-    made = M.generate(model, processor, prompts, own.group_size, own.max_new_tokens, own.temperature, own.batch_rows)
-    prefix = data.THINK if own.mode == "think" else ""
+def rollout(model, processor, samples: list, own: config.GRPO, prompts: list, seeds: list | None = None) -> tuple:
+    """G completions per prompt: (Completions, texts [P * G], {reward: [P, G]}); of several processes, each samples for its own prompts and
+    learns the texts and rewards of all."""
+    G, prefix = own.group_size, data.THINK if own.mode == "think" else ""
+    M.gather_weights(model, True)
+    made = M.generate(model, processor, prompts, G, own.max_new_tokens, own.temperature, own.batch_rows, seeds)
+    M.gather_weights(model, False)
     texts = [prefix + processor.text(ids[:length]) for ids, length in zip(made.ids, made.lengths)]
-    each = [rewards_of(text, samples[row // own.group_size], own.mode) for row, text in enumerate(texts)]
-    return made, texts, {name: torch.tensor([r[name] for r in each]).view(len(samples), own.group_size) for name in each[0]}
+    each = [(text, rewards_of(text, samples[row // G], own.mode)) for row, text in enumerate(texts)]
+    groups = config.gather([each[k : k + G] for k in range(0, len(each), G)])
+    texts = [text for group in groups for text, _ in group]
+    return made, texts, {name: torch.tensor([[r[name] for _, r in group] for group in groups]) for name in groups[0][0][1]}
 
 
 def update(model, processor, optimizer, prompts: list, made: M.Completions, advantages: torch.Tensor, ref_logprobs, own: config.GRPO) -> dict:
     """One optimiser step on a rollout, in micro-batches of whole groups. advantages [P, G]. Returns the update's metrics."""
     G, mask, totals = own.group_size, made.mask, {}
+    rollouts, tokens = map(sum, zip(*config.gather([(len(mask), int(mask.sum()))])))  # of the whole update, whichever process runs them
     optimizer.zero_grad()
     for k in range(0, len(prompts), own.micro_prompts):
         rows = slice(k * G, (k + own.micro_prompts) * G)
@@ -126,15 +133,16 @@ def update(model, processor, optimizer, prompts: list, made: M.Completions, adva
         # With one update per rollout the policy has not moved since it sampled: pi_old = pi, exactly.
         old = logprobs.detach() if own.updates_per_rollout == 1 else made.logprobs[rows, :width]
         loss, metrics = grpo_loss(logprobs, old, None if ref_logprobs is None else ref_logprobs[rows, :width], advantages.flatten()[rows], mask[rows, :width],
-                                  own.clip_low, own.clip_high, own.beta, own.kl, own.normalise, len(mask), int(mask.sum()), own.max_new_tokens)
+                                  own.clip_low, own.clip_high, own.beta, own.kl, own.normalise, rollouts, tokens, own.max_new_tokens)
         loss.backward()
-        metrics |= {"loss": loss.item(), "entropy": (entropy.sum() / mask.sum()).item()}
+        metrics |= {"loss": loss.item(), "entropy": entropy.sum().item() / tokens, "length": made.lengths[rows].sum().item() / rollouts,
+                    "truncated_share": made.truncated[rows].sum().item() / rollouts}
         totals = {name: totals.get(name, 0.0) + value for name, value in metrics.items()}
-    norm = torch.nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], own.max_grad_norm)
-    if not torch.isfinite(norm):
+    totals = join_gradients(optimizer.param_groups[0]["params"], totals, own.max_grad_norm)
+    if not math.isfinite(totals["grad_norm"]):
         raise config.UserError(f"the gradient is not finite; lower the learning rate (lr = {own.lr}) or raise beta")
     optimizer.step()
-    return totals | {"grad_norm": norm.item()}
+    return totals
 
 
 # ------------------------------------------------------------------------------------------------------------------ stage
@@ -154,8 +162,12 @@ def run(stage: str, settings: config.Settings, folder: Path) -> str:
     own, out = getattr(settings, stage), folder.parent
     samples = training_samples(own, out)
     start = config.checkpoint(own.start, settings, out)
-    model, processor = M.load(start)
-    reference = M.load(start)[0] if own.beta else None
+    processes = config.world()[1]
+    if own.prompts_per_step < processes or (settings.run.shard and own.prompts_per_step % processes):
+        raise config.UserError(f"prompts_per_step = {own.prompts_per_step} cannot be dealt out to {processes} processes"
+                               + f": run.shard needs a multiple of {processes}" * settings.run.shard)
+    model, processor = M.load(start, shard=settings.run.shard)
+    reference = M.load(start, shard=settings.run.shard)[0] if own.beta else None
     optimizer = optimizer_for(model, own)
     rng, order, first_rewards, last_rewards = random.Random(f"{settings.run.seed}/{stage}"), [], [], []
     for step in config.progress(range(own.steps), stage):
@@ -164,27 +176,30 @@ def run(stage: str, settings: config.Settings, folder: Path) -> str:
         batch, order = [samples[k] for k in order[: own.prompts_per_step]], order[own.prompts_per_step :]
         if own.random_order:
             batch = [sample.swapped() if sample.turns and rng.random() < 0.5 else sample for sample in batch]
-        clock = [time.time()]
-        prompts = [M.encode(processor, model, data.build_prompt(s, own.mode), data.THINK if own.mode == "think" else "") for s in batch]
-        made, texts, rewards = rollout(model, processor, batch, own, prompts)
+        clock, mine = [time.time()], config.share(batch)  # the prompts of this process; all of them, where it is the only one
+        prompts = [M.encode(processor, model, data.build_prompt(s, own.mode), data.THINK if own.mode == "think" else "") for s in mine]
+        draw = random.Random(f"{settings.run.seed}/{stage}/{step}")  # what is sampled depends on step and prompt, not on the process
+        seeds = config.share([draw.getrandbits(32) for _ in batch])
+        made, texts, rewards = rollout(model, processor, mine, own, prompts, seeds)
         total = sum(getattr(own, f"{name}_weight") * reward for name, reward in rewards.items())  # [P, G]
         advantages = group_advantages(total, own.scale_by_std)
         clock.append(time.time())
         ref_logprobs = None
         if reference is not None:
             with torch.no_grad():
-                ref_logprobs = M.completion_logprobs(reference, processor, prompts, made.ids, made.lengths, own.temperature)
+                rows, starts = own.micro_prompts * own.group_size, range(0, len(mine), own.micro_prompts)
+                ref_logprobs = torch.cat([M.completion_logprobs(reference, processor, prompts[k : k + own.micro_prompts], ids, lengths, own.temperature)
+                                          for k, ids, lengths in zip(starts, made.ids.split(rows), made.lengths.split(rows))])
         clock.append(time.time())
         rate = learning_rate(step, own.steps, own.lr, own.warmup)
         for group in optimizer.param_groups:
             group["lr"] = rate
         for _ in range(own.updates_per_rollout):
-            metrics = update(model, processor, optimizer, prompts, made, advantages, ref_logprobs, own)
+            metrics = update(model, processor, optimizer, prompts, made, config.share(advantages), ref_logprobs, own)
         clock.append(time.time())
         row = {"step": step + 1, "reward": total.mean().item()} | {f"reward_{name}": reward.mean().item() for name, reward in rewards.items()} | metrics | {
             "zero_variance_share": (total == total[:, :1]).all(1).float().mean().item(), "reward_std": total.std(1).mean().item(),
-            "length": made.lengths.float().mean().item(), "truncated_share": made.truncated.float().mean().item(), "lr": rate,
-            "seconds_rollout": clock[1] - clock[0], "seconds_reference": clock[2] - clock[1], "seconds_update": clock[3] - clock[2]}
+            "lr": rate, "seconds_rollout": clock[1] - clock[0], "seconds_reference": clock[2] - clock[1], "seconds_update": clock[3] - clock[2]}
         config.log(folder, {name: round(value, 6) if isinstance(value, float) else value for name, value in row.items()})
         shown = step % len(batch)  # one whole group a step, to be read
         group = slice(shown * own.group_size, (shown + 1) * own.group_size)

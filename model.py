@@ -20,6 +20,8 @@ import torch
 import torch.nn.functional as F
 import transformers
 from PIL import Image, ImageOps, ImageSequence
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer
 from transformers.cache_utils import Cache, DynamicLayer
@@ -58,9 +60,10 @@ def device_of(model) -> torch.device:
 # ----------------------------------------------------------------------------------------------------------- load and save
 
 
-def load(path: str, dtype: torch.dtype | None = None) -> tuple:
+def load(path: str, dtype: torch.dtype | None = None, shard: bool = False) -> tuple:
     """(model in eval mode, Processor) of one of BACKBONES, from a Hugging Face folder or hub name. bf16 on a GPU (sft.optimizer_for keeps fp32
-    weights beside it); fp32 on the CPU, where bf16 is far slower, and for small models, which gain nothing."""
+    weights beside it); fp32 on the CPU, where bf16 is far slower, and for small models, which gain nothing. `shard`, under torchrun: this process
+    keeps its part of the weights, in fp32, and FSDP2 fetches the rest of a layer, rounded so, while the layer runs."""
     if not Path(path).is_dir() and Path(path).is_absolute():
         raise config.UserError(f"no model folder {path}")
     gpu, optional = torch.cuda.is_available(), {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
@@ -68,8 +71,9 @@ def load(path: str, dtype: torch.dtype | None = None) -> tuple:
         kind = AutoConfig.from_pretrained(path)
         if kind.model_type not in BACKBONES:
             raise config.UserError(f"{path} is a {kind.model_type}; this project runs {', '.join(BACKBONES)}")
-        dtype = dtype or (torch.bfloat16 if gpu and kind.text_config.hidden_size >= 512 else torch.float32)
-        model, report = AutoModelForImageTextToText.from_pretrained(path, dtype=dtype, attn_implementation="sdpa", output_loading_info=True)
+        dtype, shard = dtype or (torch.bfloat16 if gpu and kind.text_config.hidden_size >= 512 else torch.float32), shard and config.world()[1] > 1
+        model, report = AutoModelForImageTextToText.from_pretrained(path, dtype=torch.float32 if shard else dtype, attn_implementation="sdpa",
+                                                                    output_loading_info=True)
         files = {name: Path(file).read_text(encoding="utf-8") for name in KEPT_FILES if (file := cached_file(path, name, **optional))}
         tokenizer, image_processor = AutoTokenizer.from_pretrained(path), AutoImageProcessor.from_pretrained(path, backend="pil")  # no torchvision
     except (OSError, ValueError) as error:
@@ -79,14 +83,36 @@ def load(path: str, dtype: torch.dtype | None = None) -> tuple:
         raise config.UserError(f"{path} lacks {', '.join(sorted(report['missing_keys'])[:1]) or 'a chat template'}; is the folder complete?")
     if kind.model_type == "llava_onevision":
         model.model.register_forward_pre_hook(llava_inputs, with_kwargs=True)
-    return model.to("cuda" if gpu else "cpu").eval(), Processor(tokenizer, image_processor, files)
+    model = spread(model, dtype) if shard else model.to("cuda" if gpu else "cpu")
+    return model.eval(), Processor(tokenizer, image_processor, files)
+
+
+def spread(model, dtype: torch.dtype):
+    """The weights dealt out to the processes, layer by layer; gradients come back added up over all of them. It computes and is saved in `dtype`."""
+    policy, model.config.dtype = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32), dtype
+    for part in [*model.model.language_model.layers, model]:
+        fully_shard(part, mp_policy=policy).set_gradient_divide_factor(1.0)
+        part.set_force_sum_reduction_for_comms(True)  # gloo knows no other
+    model.set_reduce_scatter_unused_params(True)  # a picture-less share, too, sends the gradients of the vision tower
+    return model
+
+
+def gather_weights(model, whole: bool) -> None:
+    """Of a model that was spread, every process holds all weights from here on, or again its part: sampling runs each process as long as its own
+    completions take, and layers fetched on the way would have to be asked for by all at once."""
+    for part in [part for part in model.modules() if isinstance(part, FSDPModule)]:
+        part.set_reshard_after_forward(not whole, recurse=False)
+        part.unshard() if whole else part.reshard()
 
 
 def save(model, processor: Processor, folder: Path, dtype: torch.dtype | None = None) -> None:
     """An ordinary Hugging Face folder. `dtype`: precision of the written weights only."""
+    state = {}
+    for name, value in model.named_parameters():  # tied weights once
+        value = value.detach().full_tensor().to(model.config.dtype) if isinstance(value, DTensor) else value.detach()  # all processes together
+        state |= {name: value.to("cpu", dtype)} if config.is_main() else {}
     if not config.is_main():
         return
-    state = {name: value.detach().to(dtype or value.dtype) for name, value in model.named_parameters()}  # tied weights once
     model.save_pretrained(folder, state_dict=state)
     processor.tokenizer.save_pretrained(folder)
     processor.image_processor.save_pretrained(folder)
@@ -263,8 +289,9 @@ class Completions:
 
 @torch.no_grad()
 def generate(model, processor: Processor, prompts: list, group_size: int = 1, max_new_tokens: int = 2048, temperature: float = 1.0,
-             batch_rows: int = 256, generator: torch.Generator | None = None, label: str = "") -> Completions:
-    """Samples `group_size` completions for each encoded prompt; row p * G + g is completion g of prompt p. temperature 0 is greedy.
+             batch_rows: int = 256, seeds: list | None = None, label: str = "") -> Completions:
+    """Samples `group_size` completions for each encoded prompt; row p * G + g is completion g of prompt p. temperature 0 is greedy. Its seed, one
+    of `seeds`, decides what a prompt's completions are: in whatever batch or process it is sampled, they are the same.
 
     Our own loop, since a checkpoint's generation_config.json can silently set top-k or a temperature near 0, and GRPO needs the
     log-probabilities of the very distribution that was sampled. Each prompt is run once and its cache repeated; rows that have ended
@@ -275,6 +302,7 @@ def generate(model, processor: Processor, prompts: list, group_size: int = 1, ma
     ids = torch.full((total, max_new_tokens), processor.tokenizer.pad_token_id, device=device)
     logprobs, lengths = torch.zeros(total, max_new_tokens, device=device), torch.full((total,), max_new_tokens, device=device)
     truncated = torch.ones(total, dtype=torch.bool, device=device)
+    seeds = torch.randint(2**32, (len(prompts),)).tolist() if seeds is None else seeds
     order = sorted(range(len(prompts)), key=lambda p: len(prompts[p]["ids"]))
     size = max(1, batch_rows // group_size)
     batches = [order[k : k + size] for k in range(0, len(order), size)]
@@ -287,9 +315,14 @@ def generate(model, processor: Processor, prompts: list, group_size: int = 1, ma
         mask = F.pad(inputs["attention_mask"].repeat_interleave(group_size, 0), (0, max_new_tokens), value=1)
         position = inputs["position_ids"].amax((0, 2)).repeat_interleave(group_size) + 1  # [B]
         alive = torch.ones(len(rows), dtype=torch.bool, device=device)
+        uniform = [torch.rand(group_size, max_new_tokens, dtype=torch.float64, generator=torch.Generator().manual_seed(seeds[p])) for p in batch]
+        uniform = torch.cat(uniform).to(device)  # [B, T]
         for step in range(max_new_tokens):
             scores = (logits.float() / (temperature or 1.0)).index_fill(-1, banned, float("-inf"))
-            token = scores.argmax(-1) if temperature == 0 else torch.multinomial(scores.softmax(-1), 1, generator=generator)[:, 0]
+            token = scores.argmax(-1)
+            if temperature:  # the first whose cumulated probability exceeds the row's number; in fp32 a large vocabulary would lose its unlikely ones
+                cumulated = scores.softmax(-1).cumsum(-1, dtype=torch.float64)
+                token = torch.searchsorted(cumulated, (uniform[:, step] * cumulated[:, -1])[:, None], right=True)[:, 0]
             chosen = scores.gather(-1, token[:, None])[:, 0] - scores.logsumexp(-1)
             live = rows[alive]
             ids[live, step], logprobs[live, step] = token[alive], chosen[alive]
@@ -301,13 +334,13 @@ def generate(model, processor: Processor, prompts: list, group_size: int = 1, ma
                 break
             if left <= 0.75 * len(alive):  # drop the rows that have ended
                 keep = alive.nonzero()[:, 0]
-                rows, mask, position, token, alive = rows[keep], mask[keep], position[keep], token[keep], alive[keep]
+                rows, mask, position, token, alive, uniform = rows[keep], mask[keep], position[keep], token[keep], alive[keep], uniform[keep]
                 for layer in cache.layers:
                     layer.batch_select_indices(keep)
             output = model(input_ids=token[:, None], attention_mask=mask[:, : cache.get_seq_length() + 1], past_key_values=cache,
                            position_ids=(position + step)[None, :, None].expand(3, -1, 1), use_cache=True)
             logits = output.logits[:, -1]
-    width = int(lengths.max())
+    width = max(lengths.tolist(), default=0)
     return Completions(ids[:, :width], lengths, logprobs[:, :width], truncated)
 
 

@@ -9,6 +9,7 @@ Writes correct.jsonl (SFT schema: correct and well-formed), wrong.jsonl (GRPO sc
 """
 
 import json
+import random
 from pathlib import Path
 
 import config
@@ -25,9 +26,11 @@ def run(stage: str, settings: config.Settings, folder: Path) -> str:
                                                         config.made_by("cold_start", out), label="judging the pool")]
     else:
         model, processor = M.load(config.checkpoint("cold_start", settings, out))
-        prompts = [M.encode(processor, model, data.build_prompt(sample, "think"), data.THINK) for sample in samples]
-        made = M.generate(model, processor, prompts, max_new_tokens=own.max_new_tokens, temperature=own.temperature, batch_rows=own.batch_rows, label="judging the pool")
-        texts = [data.THINK + processor.text(ids[:length]) for ids, length in zip(made.ids, made.lengths)]
+        prompts = [M.encode(processor, model, data.build_prompt(sample, "think"), data.THINK) for sample in config.share(samples)]
+        rng = random.Random(f"{settings.run.seed}/rejection")
+        seeds = config.share([rng.getrandbits(32) for _ in samples])
+        made = M.generate(model, processor, prompts, 1, own.max_new_tokens, own.temperature, own.batch_rows, seeds, "judging the pool")
+        texts = config.gather([data.THINK + processor.text(ids[:length]) for ids, length in zip(made.ids, made.lengths)])
     correct, wrong, counts = [], [], {task: {"pairs": 0, "correct": 0, "malformed": 0} for task in data.TASKS}
     for sample, text in zip(samples, texts):
         verdict = data.parse_verdict(text, sample.task)
@@ -38,7 +41,7 @@ def run(stage: str, settings: config.Settings, folder: Path) -> str:
         correct.append(data.sft_row(sample, "think", text)) if good else wrong.append(data.sample_row(sample) | {"judged": text})
     data.write_jsonl(folder / "correct.jsonl", correct)
     data.write_jsonl(folder / "wrong.jsonl", wrong)
-    (folder / "yield.json").write_text(json.dumps(counts, indent=1))
+    config.write_text(folder / "yield.json", json.dumps(counts, indent=1))
     for task, count in counts.items():
         print(f"   {task:<22} {count['correct']:>5} of {count['pairs']} correct ({count['correct'] / max(1, count['pairs']):.1%}), {count['malformed']} malformed")
     return f"{len(correct)} correct -> SFT, {len(wrong)} wrong or malformed -> GRPO"

@@ -24,6 +24,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 
 import config
 import data
@@ -53,6 +55,8 @@ def optimizer_for(model, own, weight_decay: float = 0.0) -> torch.optim.AdamW:
     the copies back into the model, which so has the numerics it is served with. Bytes per learning parameter: 2 (bf16) + 4 (copy) + 4
     (gradient) + 8 (moments) = 18 on the GPU; own.offload leaves 2 there and 16 in host memory, where the step is slower. fp32 weights under
     autocast would take as much, and every sampled token would wait for all weights to be cast."""
+    if own.offload and isinstance(model, FSDPModule):
+        raise config.UserError("run.shard and offload exclude each other; more processes leave less to each")
     if own.freeze_vision:
         M.freeze_vision(model)
     if own.gradient_checkpointing:
@@ -79,21 +83,20 @@ def response_mask(encoded: list, length: int) -> torch.Tensor:
 # --------------------------------------------------------------------------------------------------------------- the loop
 
 
-def world() -> tuple:
-    """(rank, processes). Under torchrun every process holds the whole model and takes every n-th example of a batch; since denominators
-    count the whole batch, summed gradients are those of one process."""
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-
-
-def sum_gradients(parameters: list, loss: float) -> float:
-    """Adds up the gradients of all processes, in place, in one message; returns the summed loss."""
-    if world()[1] == 1:
-        return loss
-    flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in parameters] + [parameters[0].new_tensor([loss])])
-    dist.all_reduce(flat)
-    for p, gradient in zip(parameters, flat[:-1].split([p.numel() for p in parameters])):
-        p.grad = gradient.view_as(p)
-    return flat[-1].item()
+def join_gradients(parameters: list, totals: dict, max_grad_norm: float) -> dict:
+    """The end of an update, before the step: adds up gradients (in place) and `totals` of all processes in one message, then scales the gradient
+    down to `max_grad_norm`. Under torchrun every process runs its config.share of the batch; denominators count the whole batch, so the sum is
+    what one process alone would have. Returns the totals and "grad_norm". Of a sharded model FSDP has added up the gradients in backward."""
+    if config.world()[1] > 1:
+        plain = [p for p in parameters if not isinstance(p, DTensor)]
+        flat = [(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in plain]
+        flat = torch.cat(flat + [torch.tensor(list(totals.values()), device=parameters[0].device)])
+        dist.all_reduce(flat)
+        for p, gradient in zip(plain, flat.split([p.numel() for p in plain] + [len(totals)])):
+            p.grad = gradient.view_as(p)
+        totals = dict(zip(totals, flat[-len(totals) :].tolist()))
+    norm = torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm)
+    return totals | {"grad_norm": (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()}
 
 
 def encode_example(processor, model, example: tuple) -> dict:
@@ -103,13 +106,15 @@ def encode_example(processor, model, example: tuple) -> dict:
     return M.encode(processor, model, parts, prefix, response[len(prefix):])
 
 
-def micro_batches(batch: list, limit: int) -> list:
-    """Cuts a batch that is sorted by length into pieces of at most `limit` tokens, padding included (one example at least)."""
+def micro_batches(batch: list, limit: int, processes: int = 1) -> list:
+    """Cuts a batch that is sorted by length into pieces of which every process's share has at most `limit` tokens, padding included (one example
+    at least): as many for each, since the processes of a sharded model run its layers together."""
     pieces = []
-    for encoded in batch:
-        if not pieces or (len(pieces[-1]) + 1) * len(encoded["ids"]) > limit:
+    for k in range(0, len(batch), processes):
+        some = batch[k : k + processes]
+        if not pieces or (len(pieces[-1]) // processes + 1) * len(some[-1]["ids"]) > limit:
             pieces.append([])
-        pieces[-1].append(encoded)
+        pieces[-1] += some
     return pieces
 
 
@@ -121,7 +126,9 @@ def train(model, processor, examples: list, settings: config.SFT, folder: Path, 
     learning = optimizer.param_groups[0]["params"]
     device, pad = M.device_of(model), processor.tokenizer.pad_token_id
     steps = max(1, round(len(examples) * settings.epochs / settings.batch_size))
-    rng, order, started, (rank, processes) = random.Random(seed), [], time.time(), world()
+    rng, order, started, processes = random.Random(seed), [], time.time(), config.world()[1]
+    if isinstance(learning[0], DTensor) and settings.batch_size % processes:
+        raise config.UserError(f"{label}: batch_size = {settings.batch_size} is no multiple of the {processes} processes, which run.shard needs")
     for step in config.progress(range(steps), label):
         while len(order) < settings.batch_size:
             order += rng.sample(range(len(examples)), len(examples))
@@ -133,16 +140,16 @@ def train(model, processor, examples: list, settings: config.SFT, folder: Path, 
             group["lr"] = rate
         optimizer.zero_grad()
         total = 0.0
-        for micro in micro_batches(batch[rank::processes], settings.micro_tokens):
+        for micro in filter(None, map(config.share, micro_batches(batch, settings.micro_tokens, processes))):
             inputs = M.collate(micro, "right", pad, device)
             logits = model(**inputs, use_cache=False).logits
             loss = sft_loss(logits, inputs["input_ids"], response_mask(micro, logits.shape[1]).to(device), tokens)
             loss.backward()
             total += loss.item()
-        total = sum_gradients(learning, total)
-        norm = torch.nn.utils.clip_grad_norm_(learning, settings.max_grad_norm)
+        totals = join_gradients(learning, {"loss": total}, settings.max_grad_norm)
         optimizer.step()
-        config.log(folder, {"phase": label, "step": step + 1, "loss": round(total, 5), "lr": rate, "grad_norm": round(norm.item(), 4), "tokens": tokens, "seconds": round(time.time() - started, 2)})
+        config.log(folder, {"phase": label, "step": step + 1, "loss": round(totals["loss"], 5), "lr": rate, "grad_norm": round(totals["grad_norm"], 4),
+                            "tokens": tokens, "seconds": round(time.time() - started, 2)})
 
 
 @torch.no_grad()
@@ -214,7 +221,7 @@ def run(stage: str, settings: config.Settings, folder: Path) -> str:
     own_count = len(examples)
     if own.replay:  # comparisons close the think block without a verdict: replayed, they keep the format from the tasks the stage lacks
         examples = examples + practice_examples(settings, folder, round(own.replay * own_count), without="compare")
-    model, processor = M.load(config.checkpoint(start, settings, out))
+    model, processor = M.load(config.checkpoint(start, settings, out), shard=settings.run.shard)
     train(model, processor, examples, own, folder, f"{settings.run.seed}/{stage}", stage)
     M.save(model, processor, folder)
     return f"{own_count} examples" + (f" + {len(examples) - own_count} of the base's exercises" if own.replay else "") + f", {own.epochs:g} epochs"

@@ -199,7 +199,7 @@ def test_every_picture_and_every_frame_is_seen_and_in_its_place(backbone, mixed,
 
 def test_generation_equals_scoring_in_both_forms(backbone, mixed):
     model, processor = backbone
-    made = M.generate(model, processor, mixed, 3, 24, generator=torch.Generator(M.device_of(model)).manual_seed(0), batch_rows=12)
+    made = M.generate(model, processor, mixed, 3, 24, seeds=range(len(mixed)), batch_rows=12)
     assert made.truncated.any() and not made.truncated.all()
     assert not torch.isin(made.ids, M.banned_ids(model, processor.tokenizer).to(made.ids.device)).any()
     for share_prompt in (True, False):
@@ -525,7 +525,7 @@ def test_steps_of_the_papers_size_add_up_where_bf16_alone_stands_still(release):
 
 def test_bf16_sampling_and_scoring_agree_to_bf16(release, mixed):
     model, processor = M.load(str(release), torch.bfloat16)
-    made = M.generate(model, processor, mixed, 2, 12, generator=torch.Generator(M.device_of(model)).manual_seed(0))
+    made = M.generate(model, processor, mixed, 2, 12, seeds=range(len(mixed)))
     with torch.no_grad():
         one, other = (M.completion_logprobs(model, processor, mixed, made.ids, made.lengths, share_prompt=share) for share in (True, False))
         again = M.completion_logprobs(copy.deepcopy(model), processor, mixed, made.ids, made.lengths)

@@ -295,7 +295,7 @@ def own_settings(**changes):
 def rolled(tiny, prompts):
     """Four prompts, four completions each, and rewards without meaning."""
     model, processor = tiny
-    made = M.generate(model, processor, prompts[:4], 4, 12, generator=torch.Generator().manual_seed(0))
+    made = M.generate(model, processor, prompts[:4], 4, 12, seeds=range(4))
     rewards = torch.randint(0, 3, (4, 4), generator=torch.Generator().manual_seed(2)).float()
     return prompts[:4], made, grpo.group_advantages(rewards)
 
@@ -358,7 +358,7 @@ def test_a_second_update_on_the_same_rollout_is_measured_from_the_policy_that_sa
 
 def test_an_update_scores_at_the_temperature_that_was_sampled_at(tiny, rolled):
     prompts, _, advantages = rolled
-    cool = M.generate(*tiny, prompts, 4, 12, 0.6, generator=torch.Generator().manual_seed(0))
+    cool = M.generate(*tiny, prompts, 4, 12, 0.6, seeds=range(8))
     ratio = lambda temperature: one_update(tiny, (prompts, cool, advantages), temperature=temperature, updates_per_rollout=2)[1]["ratio"]
     assert ratio(0.6) == pytest.approx(1, abs=1e-5) and ratio(1.0) != pytest.approx(1, abs=0.01)
 

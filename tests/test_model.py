@@ -149,7 +149,7 @@ def test_left_and_right_padding_hold_the_same_rows(tiny, prompts):
 @pytest.fixture(scope="module")
 def sampled(tiny, prompts):
     """{temperature: five completions of every prompt}; some end by themselves, some are cut off."""
-    made = {T: M.generate(*tiny, prompts, 5, 40, T, batch_rows=20, generator=torch.Generator().manual_seed(1)) for T in (1.0, 0.7)}
+    made = {T: M.generate(*tiny, prompts, 5, 40, T, batch_rows=20, seeds=range(8)) for T in (1.0, 0.7)}
     assert all(0.05 < m.truncated.float().mean() < 0.95 and m.lengths.min() < 10 for m in made.values())
     return made
 
@@ -191,7 +191,7 @@ def test_a_completion_of_one_token_is_scored(tiny, prompts, share_prompt):
     """Where all of a micro-batch ended at once, its width is 1."""
     model, processor = tiny
     with torch.no_grad():
-        made = M.generate(model, processor, prompts[:2], 3, 1, generator=torch.Generator().manual_seed(0))
+        made = M.generate(model, processor, prompts[:2], 3, 1, seeds=range(8))
         scored = M.completion_logprobs(model, processor, prompts[:2], made.ids, made.lengths, share_prompt=share_prompt)
     assert scored.shape == (6, 1) and (scored - made.logprobs).abs().max() < 1e-5
 
@@ -226,7 +226,7 @@ def test_banned_tokens_are_never_sampled_and_carry_no_probability(tiny, prompts)
         model.get_input_embeddings().weight[banned] *= 20
         inputs = M.collate(prompts, "left", processor.tokenizer.pad_token_id, "cpu")
         assert model(**inputs).logits[:, -1].softmax(-1)[:, banned].sum(-1).max() > 0.5, "they would be sampled"
-    made = M.generate(model, processor, prompts, 8, 20, generator=torch.Generator().manual_seed(0))
+    made = M.generate(model, processor, prompts, 8, 20, seeds=range(8))
     assert not torch.isin(made.ids, banned).any()
     logits = torch.randn(9, 50)
     everything = M.token_logprobs(logits[:, None].expand(-1, 50, -1), torch.arange(50).expand(9, -1), banned, 0.7)
@@ -245,7 +245,7 @@ def test_first_tokens_are_sampled_as_often_as_their_softmax_says(tiny, prompts, 
     """Pearson's chi-square over the likely tokens, the others pooled: its mean is k - 1, its deviation sqrt(2 (k - 1))."""
     model, processor = tiny
     prompt, count = prompts[0], 1500
-    made = M.generate(model, processor, [prompt], count, 1, temperature, generator=torch.Generator().manual_seed(seed))
+    made = M.generate(model, processor, [prompt], count, 1, temperature, seeds=[seed])
     observed = torch.bincount(made.ids[:, 0], minlength=model.config.text_config.vocab_size).double()
     with torch.no_grad():
         logits = model(**M.collate([prompt], "left", 0, "cpu")).logits[0, -1].double()
@@ -262,9 +262,12 @@ def test_first_tokens_are_sampled_as_often_as_their_softmax_says(tiny, prompts, 
     assert abs(chi_square(temperature)) < 4.5 and chi_square(1.7 - temperature) > 6
 
 
-def test_the_same_generator_samples_the_same_completions(tiny, prompts):
-    one, same, other = (M.generate(*tiny, prompts[:3], 2, 8, generator=torch.Generator().manual_seed(seed)).ids.tolist() for seed in (4, 4, 5))
-    assert one == same != other
+def test_the_seed_of_a_prompt_decides_its_completions_in_whatever_batch(tiny, prompts):
+    rows = lambda order, seeds, **how: [text for _, text in sorted(zip([p for p in order for _ in range(3)], M.generate(
+        *tiny, [prompts[p] for p in order], 3, 12, seeds=seeds, **how).ids.tolist()), key=lambda row: row[0])]
+    together = rows(range(8), range(8))
+    assert together == rows([5, 2, 7, 0, 3, 1, 6, 4], [5, 2, 7, 0, 3, 1, 6, 4], batch_rows=7)
+    assert together != rows(range(8), range(1, 9)) and len({tuple(row) for row in together}) > 12
 
 
 def test_a_permuted_batch_has_permuted_log_probabilities(tiny, prompts, sampled):
