@@ -99,9 +99,8 @@ def judge(model, processor, samples: list, mode: str, own: config.Evaluate, allo
     if processor is None:
         texts = [reply["text"] for reply in distill.ask(shown, own, **model, mode=mode, allow_tie=allow_tie, label=label)]
     else:
-        prompts = [M.encode(processor, model, data.build_prompt(s, mode, style, allow_tie), prefix) for s in shown]
-        made = M.generate(model, processor, prompts, repeats, own.max_new_tokens, 1.0 if votes else 0.0, batch_rows=own.batch_rows, label=label)
-        texts = [prefix + processor.text(ids[:length]) for ids, length in zip(made.ids, made.lengths)]
+        prompts = [data.build_prompt(s, mode, style, allow_tie) for s in shown]
+        texts = M.generate_texts(model, processor, prompts, prefix, repeats, own.max_new_tokens, 1.0 if votes else 0.0, own.batch_rows, label)
     rows = []
     for (sample, swapped), text in zip([one for one in asked for _ in range(repeats)], texts):
         verdict = data.parse_verdict(text, sample.task)
