@@ -311,14 +311,13 @@ def generate(model, processor: Processor, prompts: list, group_size: int = 1, ma
     return Completions(ids[:, :width], lengths, logprobs[:, :width], truncated)
 
 
-def generate_texts(model, processor: Processor, prompts: list, prefix: str, group_size: int, max_new_tokens: int, temperature: float, batch_rows: int,
-                   label: str = "") -> list:
-    """What `generate` writes after `prefix`, as texts with it, to prompts given as content parts. They are encoded a slice at a time: the pixels
-    of 100,000 pairs are a terabyte, those of a slice less than its completions' cache."""
-    texts, size = [], 16 * max(1, batch_rows)
+def generate_texts(model, processor: Processor, prompts: list, prefix: str, *how, batch_rows: int = 256, label: str = "") -> list:
+    """`prefix` and what `generate` writes after it to prompts given as content parts; *how: group_size, max_new_tokens, temperature. Encoded a
+    slice at a time: the pixels of 100,000 pairs of 512 x 512 are a terabyte."""
+    texts, size = [], 16 * batch_rows
     for k in range(0, len(prompts), size):
-        made = generate(model, processor, [encode(processor, model, parts, prefix) for parts in prompts[k : k + size]], group_size, max_new_tokens,
-                        temperature, batch_rows, label=label and f"{label}, from {k} of {len(prompts)}")
+        encoded = (encode(processor, model, parts, prefix) for parts in prompts[k : k + size])
+        made = generate(model, processor, list(encoded), *how, batch_rows, label=label and f"{label}, from {k} of {len(prompts)}")
         texts += [prefix + processor.text(ids[:length]) for ids, length in zip(made.ids, made.lengths)]
     return texts
 

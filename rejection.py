@@ -25,8 +25,8 @@ def run(stage: str, settings: config.Settings, folder: Path) -> str:
                                                         config.made_by("cold_start", out), label="judging the pool")]
     else:
         model, processor = M.load(config.checkpoint("cold_start", settings, out))
-        prompts = [data.build_prompt(sample, "think") for sample in samples]
-        texts = M.generate_texts(model, processor, prompts, data.THINK, 1, own.max_new_tokens, own.temperature, own.batch_rows, "judging the pool")
+        texts = M.generate_texts(model, processor, [data.build_prompt(sample, "think") for sample in samples], data.THINK, 1, own.max_new_tokens,
+                                 own.temperature, batch_rows=own.batch_rows, label="judging the pool")
     correct, wrong, counts = [], [], {task: {"pairs": 0, "correct": 0, "malformed": 0} for task in data.TASKS}
     for sample, text in zip(samples, texts):
         verdict = data.parse_verdict(text, sample.task)
