@@ -74,7 +74,7 @@ class Sample:
     scores: dict = field(default_factory=dict)
     reasons: dict = field(default_factory=dict)
     problem: str = ""
-    response: str = ""
+    response: str = field(default="", compare=False)
 
     @property
     def turns(self) -> bool:
