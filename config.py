@@ -13,6 +13,7 @@ import hashlib
 import importlib
 import json
 import os
+import re
 import shutil
 import sys
 import time
@@ -115,7 +116,7 @@ class Server:  # how a served model is asked (distill.ask)
 
 @dataclass
 class Distill(Server):
-    teacher: str = setting("scripted", "scripted, or the name of a served model (paper: gpt-4o)")
+    teacher: str = setting("scripted", "scripted (the small world), given (SFT rows bring their reasoning), or a served model (paper: gpt-4o)")
     base_url: str = setting("https://api.openai.com/v1", "OpenAI-compatible server that has the teacher")
     key_variable: str = setting("OPENAI_API_KEY", "NAME of the environment variable whose key is sent to base_url; empty sends none", shapes=False)
     temperature: float = setting(1.0, "sampling temperature of a served teacher")
@@ -207,6 +208,9 @@ def set_value(settings: Settings, name: str, value, source: str) -> None:
         value = float(value)
     if type(value) is not kind:
         raise UserError(f"{source}: {name} takes {kind.__name__}, not {value!r}")
+    least = 1 if re.search("concurrency|frames|pixels|side|batch|tokens|group_size|prompts_per_step|micro", name) else 0
+    if kind in (int, float) and not value >= least and name != "run.seed":
+        raise UserError(f"{source}: {name} is at least {least}, not {value!r}")
     section, key = name.split(".")
     setattr(getattr(settings, section), key, value)
 

@@ -19,7 +19,7 @@ import json
 import os
 import random
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import config
@@ -63,7 +63,7 @@ def verdict_string(task: str, label: int) -> str:
 class Sample:
     """One preference pair. `media`: the two candidates of a generation task, or the one thing asked about; an image is a path, a video a list
     of frames (see `fit_clips`). `label`: 1 or 2 = the better candidate, 0 = tie, None = unknown. `scores` and `reasons`, known in the small
-    world only: {dimension: [candidate 1, candidate 2]}. `problem`: the whole prompt text of an official row that came without parts."""
+    world only: {dimension: [candidate 1, candidate 2]}. `problem`: the prompt text of an official row without parts; `response`: an SFT row's."""
 
     id: str
     task: str
@@ -74,6 +74,7 @@ class Sample:
     scores: dict = field(default_factory=dict)
     reasons: dict = field(default_factory=dict)
     problem: str = ""
+    response: str = field(default="", compare=False)
 
     @property
     def turns(self) -> bool:
@@ -153,8 +154,8 @@ def fill_template(template: str, sample: Sample, mode: str) -> str:
     values |= {f"answer_{k}": answer for k, answer in enumerate(sample.answers, 1)}
     try:
         return template.format_map(values)
-    except (KeyError, ValueError, IndexError) as error:
-        raise config.UserError(f"prompt file: {error} is no placeholder of {sample.task}; there are {', '.join(values)}, and {{{{ for a brace")
+    except (KeyError, ValueError, IndexError, AttributeError, TypeError) as error:
+        raise config.UserError(f"prompt file, at {error}: the placeholders of {sample.task} are {', '.join(values)}; a brace is written {{{{ or }}}}")
 
 
 # -------------------------------------------------------------------------------------------------------------- reasoning
@@ -292,20 +293,20 @@ def sample_row(sample: Sample, mode: str = "think") -> dict:
     row = {"id": sample.id, "task": sample.task, "problem": problem, "images": files} | ({} if sample.problem else {"prompt": sample.prompt})
     if sample.label is not None:
         row["solution"] = f"<answer>{verdict_string(sample.task, sample.label)}</answer>"
-    return row | {key: getattr(sample, key) for key in ("answers", "scores", "reasons") if getattr(sample, key)}
+    return row | {key: getattr(sample, key) for key in ("answers", "scores", "reasons", "response") if getattr(sample, key)}
 
 
 def sft_row(sample: Sample, mode: str, response: str) -> dict:
     """The official SFT row: the prompt of `sample` and the text the model is to learn."""
-    row = sample_row(sample, mode)
+    row = sample_row(replace(sample, response=""), mode)
     return row | {"mode": mode, "conversations": [{"from": "human", "value": row.pop("problem")}, {"from": "gpt", "value": response}]}
 
 
 def row_sample(row: dict, root: Path) -> Sample:
     """A row of any schema -> Sample. An official row without our parts is read by its verdict and its files."""
-    files = [str(root / file) for file in row.get("images", [])]
+    files = [str(root / file) for file in flat(row.get("images", []))]
     text = row["solution"] if "solution" in row else row["conversations"][1]["value"] if "conversations" in row else ""
-    task = row.get("task") or infer_task(text, len(files))
+    task = row.get("task") or infer_task(text, len(files) != 1 or "<video>" in f"{row.get('problem')}{row.get('conversations')}")
     if task not in TASKS:
         raise ValueError(f"unknown task {task!r}; one of " + ", ".join(TASKS))
     clips = (2 if is_generation(task) else 1) if is_video(task) else 0
@@ -315,16 +316,18 @@ def row_sample(row: dict, root: Path) -> Sample:
     if "media" in row:
         media = [str(root / item) if isinstance(item, str) else [str(root / file) for file in item] for item in flat(row["media"])]
     problem = "" if "prompt" in row or "media" in row else re.sub(r"<image>|<video>", "", row.get("problem") or row["conversations"][0]["value"])
-    label, prompt, answers = row.get("label", parse_answer(text, task)), row.get("prompt", ""), row.get("answers", [])
-    return Sample(str(row.get("id", "")), task, prompt, media, answers, label, row.get("scores", {}), row.get("reasons", {}), problem)
+    label, parts = row.get("label", parse_answer(text, task)), (row.get("prompt", ""), media, row.get("answers", []))
+    known = {"response": text if "conversations" in row else ""} | ({} if "media" in row else row)  # "scores" of one's own may be anything
+    return Sample(str(row.get("id", "")), task, *parts, label, known.get("scores", {}), known.get("reasons", {}), problem, known["response"])
 
 
-def infer_task(text: str, files: int) -> str:
-    """The task of an official row, from its verdict's noun and the number of its files."""
+def infer_task(text: str, video: bool) -> str:
+    """The task of an official row, from its verdict's noun and whether a video is shown where that does not say it."""
     noun = re.search(r"<answer>\s*(?:Both )?(image|video|answer)", text, re.IGNORECASE)
     if not noun:
         raise ValueError("no task and no verdict that tells it; add \"task\": one of " + ", ".join(TASKS))
-    return {"image": "image_generation", "video": "video_generation"}.get(noun.group(1).lower(), "image_understanding" if files == 1 else "video_understanding")
+    named = noun.group(1).lower()
+    return f"{named}_generation" if named != "answer" else "video_understanding" if video else "image_understanding"
 
 
 def read_rows(path, read, choose=None, bad: list | None = None, label: str = "") -> list:
@@ -333,7 +336,7 @@ def read_rows(path, read, choose=None, bad: list | None = None, label: str = "")
     try:
         text = Path(path).read_text(encoding="utf-8-sig")
         listed = json.loads(text) if text.lstrip().startswith("[") else None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise config.UserError(f"cannot read {path}: {error}")
     lines = text.split("\n") if listed is None else listed  # splitlines would cut at U+2028 too
     rows = [(f"{'line' if listed is None else 'row'} {number}", line) for number, line in enumerate(lines, 1) if listed or line.strip()]
@@ -341,7 +344,7 @@ def read_rows(path, read, choose=None, bad: list | None = None, label: str = "")
     for place, row in config.progress(rows, label) if label else rows:
         try:
             made.append(read(json.loads(row) if listed is None else row, Path(path).parent))
-        except (KeyError, ValueError, TypeError, IndexError, AttributeError, config.UserError) as error:
+        except (KeyError, ValueError, TypeError, IndexError, AttributeError, OSError, RecursionError, config.UserError) as error:
             said = f"{path}, {place}: {error if type(error) in (ValueError, config.UserError) else f'{type(error).__name__}: {error}'}"
             if bad is None:
                 raise config.UserError(said)
@@ -406,14 +409,14 @@ def fit_clips(clips: list, frames: int = 8, pair_frames: int = 8) -> list:
     many: official files keep a pair apart by halves, and no candidate should be known by its length."""
     import model as M
 
-    clips = [clip[0] if isinstance(clip, list) and len(clip) == 1 and "#" not in clip[0] else clip for clip in clips]  # official rows list everything
+    given = [clip[0] if type(clip) is list and len(clip) == 1 and "#" not in Path(clip[0]).name else clip for clip in clips]  # official rows list all
     number = lambda file: [piece.zfill(20) for piece in re.split(r"([0-9]+)", file.name)]  # frame_2 comes before frame_10
     files = lambda folder: [str(file) for file in sorted(Path(folder).glob("[!.]*"), key=number)]
-    clips = [files(clip) if isinstance(clip, str) and Path(clip).is_dir() else clip for clip in clips]
+    clips = [files(clip) if isinstance(clip, str) and Path(clip).is_dir() else clip for clip in given]
     most = max(1, min(frames, pair_frames // len(clips)) if len(clips) > 1 else frames)
     lengths = [M.read_clip(clip, most, M.limits.max_pixels)[1] if isinstance(clip, str) else len(clip) for clip in clips]
     if not all(lengths):
-        raise config.UserError(f"video {lengths.index(0) + 1} has no frames")
+        raise config.UserError(f"video {lengths.index(0) + 1}, {given[lengths.index(0)]}, has no frames")
     count = min(most, max(lengths))
     shown = lambda clip: [f"{clip}#{k + 1}of{count}" for k in range(count)] if isinstance(clip, str) else [clip[k] for k in spread(len(clip), count)]
     return [shown(clip) for clip in clips]
@@ -430,6 +433,7 @@ def usable(sample: Sample, own: config.Data) -> Sample:
         raise ValueError(f"{len(sample.media)} media; {sample.task} has {media}")
     if not sample.problem and (len(texts) != 5 - 2 * media or not all(isinstance(text, str) and text.strip() for text in texts)):
         raise ValueError("the prompt is empty, or there are not two answers with text in them (generation: none)")
+    "".join([sample.id, sample.problem, sample.response, *texts]).encode()  # half an emoji can be neither shown nor saved
     sample.media = fit_clips(sample.media, own.frames, own.pair_frames) if is_video(sample.task) else sample.media
     for item in sample.media:
         if len({M.read_image(file).size for file in (item if is_video(sample.task) else [item])}) > 1:

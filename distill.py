@@ -16,6 +16,7 @@ import io
 import json
 import os
 import random
+import re
 import threading
 import time
 from collections import Counter
@@ -59,8 +60,11 @@ def why_dropped(reply: str, sample: data.Sample) -> str | None:
 def run(stage: str, settings: config.Settings, folder: Path) -> str:
     own, samples = settings.distill, data.read_samples(folder.parent / "data" / "distill.jsonl")
     rng, kept, dropped = random.Random(f"{settings.run.seed}/teacher"), [], []
-    if own.teacher == "scripted":
-        replies = [{"text": scripted_teacher(sample, rng, own.error_rate), "finish": "stop"} for sample in config.progress(samples, "teacher")]
+    if missing := [s.id for s in samples if not {"scripted": s.reasons, "given": s.response}.get(own.teacher, True)]:
+        raise config.UserError(f"the {own.teacher} teacher knows nothing of {missing[0]}; ask a served one, for instance --distill.teacher gpt-4o")
+    if own.teacher in ("scripted", "given"):  # the latter: SFT rows that have their reasoning already
+        write = lambda sample: sample.response or scripted_teacher(sample, rng, own.error_rate)
+        replies = [{"text": write(sample), "finish": "stop"} for sample in config.progress(samples, "teacher")]
     else:
         replies = ask(samples, own, own.base_url, own.teacher, folder / "replies.jsonl", temperature=own.temperature, label="teacher")
     for sample, reply in zip(samples, replies):
@@ -105,6 +109,7 @@ def ask(samples: list, own: config.Server, url: str, model: str, file: Path, mod
 
 def read_replies(file: Path) -> list:
     """Rows of a replies file; a last line that a killed process left torn is cut off, and so asked for again."""
+    file.parent.mkdir(parents=True, exist_ok=True)
     file.touch()
     os.truncate(file, file.read_bytes().rfind(b"\n") + 1)
     return data.read_jsonl(file)
@@ -116,6 +121,8 @@ def fetch(asked: dict, own: config.Server, url: str, request: dict, file: Path, 
     secret = os.environ.get(own.key_variable, "").strip()
     if own.key_variable and not secret:
         raise config.UserError(f"the environment variable {own.key_variable} is to hold the key of {url}, and is not set")
+    if not secret.isascii() or re.search(r"\s", secret) or not re.fullmatch(r"https?://(\S+@)?([\w.-]+|\[[\da-f:]+\])(:\d+)?(/\S*)?", url):
+        raise config.UserError(f"{url!r} is to be http(s)://HOST[:PORT]/PATH, and the key in {own.key_variable or 'no variable'} plain ASCII")
     hide = lambda text: text.encode("utf-8", "replace").decode().replace(secret or "\0", "[key]")  # a server may send the key back
     client = openai.OpenAI(base_url=url, api_key=secret or "none", max_retries=own.retries, timeout=own.timeout)
     rows, problems, lock = read_replies(file), [], threading.Lock()
@@ -166,7 +173,7 @@ def answer(client, request: dict, own: config.Server, url: str) -> dict:
             status = getattr(error, "status_code", "no answer")
             key = f", with the key in the environment variable {own.key_variable or '(none)'}" if status in (401, 403) else ""
             raise config.UserError(f"{url} ({status}{key}): {' '.join(error.message.split())[:300]}")
-        except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError):
             time.sleep(min(60.0, 0.5 * 2.0**attempt))
     raise config.UserError(f"{url} answers, but not with a chat completion in JSON")
 

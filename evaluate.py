@@ -96,13 +96,10 @@ def judge(model, processor, samples: list, mode: str, own: config.Evaluate, allo
     asked = [(s.swapped() if swapped else s, swapped) for s in samples for swapped in orders if s.turns or not swapped]
     shown = [config.dataclasses.replace(s, problem=data.fill_template(template, s, mode)) if template else s for s, _ in asked]
     if processor is None:
-        texts = [reply["text"] for reply in distill.ask(shown, own, **model, mode=mode, allow_tie=allow_tie, label=label)]
+        texts = [reply["text"] for reply in distill.ask(shown, own, **model, mode=mode, allow_tie=allow_tie, label=label or "asking")]
     else:
-        prompts = [M.encode(processor, model, data.build_prompt(s, mode, style, allow_tie), prefix) for s in config.share(shown)]
-        seeds, temperature = config.share(range(len(shown))), 1.0 if votes else 0.0
-        made = M.generate(model, processor, prompts, repeats, own.max_new_tokens, temperature, own.batch_rows, seeds, label)
-        texts = [prefix + processor.text(ids[:length]) for ids, length in zip(made.ids, made.lengths)]
-        texts = [text for some in config.gather([texts[k : k + repeats] for k in range(0, len(texts), repeats)]) for text in some]
+        texts = M.generate_texts(model, processor, [data.build_prompt(s, mode, style, allow_tie) for s in shown], prefix, repeats, own.max_new_tokens,
+                                 1.0 if votes else 0.0, own.batch_rows, label=label)
     rows = []
     for (sample, swapped), text in zip([one for one in asked for _ in range(repeats)], texts):
         verdict = data.parse_verdict(text, sample.task)
@@ -233,13 +230,16 @@ def find_media(value, video: bool, root="", cache: Path | None = None):
 
 
 def benchmark_rows(file: Path):
-    if file.suffix != ".parquet":
-        return csv.DictReader(file.read_text(encoding="utf-8-sig").splitlines(True)) if file.suffix == ".csv" else data.read_jsonl(file)
     try:
-        from pyarrow.parquet import ParquetFile
+        if file.suffix == ".parquet":
+            from pyarrow.parquet import ParquetFile
+            yield from (row for batch in ParquetFile(file).iter_batches(64) for row in batch.to_pylist())
+        else:
+            yield from csv.DictReader(open(file, encoding="utf-8-sig", newline="")) if file.suffix == ".csv" else data.read_jsonl(file)
     except ImportError:
         raise config.UserError(f"{file}: parquet is read with pyarrow; pip install pyarrow")
-    return (row for batch in ParquetFile(file).iter_batches(64) for row in batch.to_pylist())
+    except (OSError, ValueError, csv.Error) as error:
+        raise config.UserError(f"cannot read {file}: {error}")
 
 
 def read_benchmark(name: str, paths: list, media: str | None = None) -> tuple:
@@ -255,11 +255,11 @@ def read_benchmark(name: str, paths: list, media: str | None = None) -> tuple:
                 found = data.fit_clips(found) if data.is_video(task) else found
                 answers = row["response"] if said == "response" else [row[key] for key in said.split("|") if key]
                 prompt, key = re.sub(r"<(?:image|video)>\n?", "", row[asked]), str(row.get("id", ""))
-                if not all(text.strip() for text in (prompt, *answers)):
-                    raise ValueError("empty prompt or answer")
+                if not all(text.strip() and text.encode() for text in (prompt, *answers)) or (said and (len(answers) != 2 or isinstance(answers, str))):
+                    raise ValueError("empty prompt or answer, or there are not two answers")
                 key = f"{key}#{file.name}:{number}" if not key or key in samples else key  # some lists have no ids or repeat one
                 samples[key] = data.Sample(key, task, prompt, found, list(answers), LABELS[str(row[label])] if label else 1)
-            except (KeyError, ValueError, TypeError, AttributeError, config.UserError) as error:
+            except (KeyError, ValueError, TypeError, AttributeError, OSError, config.UserError) as error:
                 broken.append(f"{file}, row {number}: {type(error).__name__}: {error}")
     if not samples:
         raise config.UserError(f"{', '.join(paths)}: no row reads as {name}" + "".join(f"; {line}" for line in broken[:1]))
@@ -282,27 +282,27 @@ def bench(options) -> None:
     """Judges a benchmark, each pair in both orders. FILE.jsonl takes the judgements as they are made, and the same command goes on from there;
     FILE.json has the metrics. Broken rows are named, counted and left out; an unreadable output is wrong."""
     samples, broken = read_benchmark(options.benchmark, options.path, options.media)
-    source, style, template, own = choose_model(options)
+    source, style, template, own, load = choose_model(options)
     out = Path(options.out or config.ROOT / "runs" / "bench" / f"{options.benchmark}-{'-'.join(Path(source).parts[-2:])}-{options.mode}.json")
     weights = [file.stat().st_mtime_ns for file in sorted(Path(source).glob("*.safetensors"))]
-    state = [options.benchmark, options.path, source, weights, options.mode, style, template, own.max_new_tokens]
-    if out.exists() and json.loads(out.read_text(encoding="utf-8")).get("state") != state:
-        raise config.UserError(f"{out} holds results of another model, benchmark or setting; give another --out")
+    state = {"state": [{k: v for k, v in vars(options).items() if k not in ("out", "batch_rows", "key_variable")}, source, weights, style, template]}
+    if out.suffix != ".json" or (out.exists() and not out.read_bytes().startswith(json.dumps(state, indent=1)[:-2].encode())):
+        raise config.UserError(f"{out} is no .json file, or holds results of another model, benchmark or setting; give another --out")
     out.parent.mkdir(parents=True, exist_ok=True)
-    config.write_text(out, json.dumps({"state": state}))
+    config.write_text(out, json.dumps(state, indent=1))
     kept, ties = out.with_suffix(".jsonl"), any(sample.label == 0 for sample in samples.values())
-    rows = data.read_jsonl(kept) if kept.exists() else []
-    done = {row["id"] for row in rows if row["swapped"]}  # the second order is written last
+    rows = distill.read_replies(kept)
+    done = {row["id"] for row in rows if row["swapped"]} & samples.keys()  # the second order is written last
     config.wait_for_all()  # all have read what the first may now cut
     data.write_jsonl(kept, rows := [row for row in rows if row["id"] in done])
     todo = [sample for key, sample in samples.items() if key not in done]
-    model, processor = M.load(source) if todo else (None, None)
+    model, processor = load(out.with_suffix(".replies.jsonl")) if todo else (None, None)
     for k in config.progress(range(0, len(todo), own.batch_rows), options.benchmark):
         for row in judge(model, processor, todo[k : k + own.batch_rows], options.mode, own, ties, "", (False, True), style, template):
             rows.append(row | {"group": group_of(options.benchmark, row["id"])})
             config.log(kept.parent, rows[-1], kept.name)
     cells = benchmark_metrics(rows)
-    config.write_text(out, json.dumps({"state": state, "broken": broken, "metrics": cells}, indent=1))
+    config.write_text(out, json.dumps(state | {"broken": broken, "metrics": cells}, indent=1))
     print("".join(f"left out: {line}\n" for line in broken) + f"{source}, {options.mode}: {len(broken)} broken rows left out; {out}")
     print(f"{'%':<16}accuracy  95% interval   pairs  unreadable  orders agree")
     for name, cell in cells.items():
@@ -319,7 +319,8 @@ def mcnemar(first: int, second: int) -> float:
 def compare(options) -> None:
     """Two results over the same pairs: the difference of accuracies with its paired bootstrap interval, and exact McNemar on the pairs that
     one of them judged better (where both orders were judged a pair can be half right, and this is the sign test)."""
-    both = [data.read_jsonl(file) if (file := Path(name).with_suffix(".jsonl")).is_file() else [] for name in options.results]
+    read = lambda row, _: row | {key: row[key] for key in ("task", "id", "swapped", "label", "answer")}  # else it is no file of judgements
+    both = [data.read_rows(Path(name).with_suffix(".jsonl"), read) for name in options.results]
     one, two = ({(row["task"], row["id"], row["swapped"], row["label"]) for row in rows} for rows in both)
     if one != two or not one:
         raise config.UserError(f"{' and '.join(options.results)} judge different pairs: {len(one)} and {len(two)} rows, {len(one & two)} in common")
@@ -336,19 +337,29 @@ def compare(options) -> None:
 
 
 def choose_model(options) -> tuple:
-    """(checkpoint, prompt style, prompt text, limits). Without --model the newest GRPO checkpoint under runs/, else one of an earlier stage. What
-    these scripts trained (done.json is in it; figures.json: the base) knows the short prompts; a model from elsewhere needs the full ones."""
+    """(checkpoint, prompt style, prompt text, limits, a function that loads it or lets `judge` ask --endpoint, with replies kept in a file).
+    Without --model the newest GRPO checkpoint under runs/, else one of an earlier stage. What these scripts trained (done.json is in it;
+    figures.json: the base) knows the short prompts; a model from elsewhere needs the full ones."""
     made = [file.parent for stage in ("grpo", "rejection_sft", "cold_start")
             for file in sorted((config.ROOT / "runs").glob(f"*/{stage}/done.json"), key=lambda file: -file.stat().st_mtime)]
     if not options.model and not made:
         raise config.UserError(f"no trained run under {config.ROOT / 'runs'}: python grpo.py --config small makes one, or give --model CHECKPOINT")
-    source = str(options.model or made[0])
-    if not Path(source).is_dir() and source.count("/") != 1:
+    source, file, votes = str(options.model or made[0]), options.prompt_file, getattr(options, "votes", 0)
+    if not options.endpoint and not Path(source).is_dir() and source.count("/") != 1:
         raise config.UserError(f"--model {source}: no such folder, and no hub name")
+    if min(options.max_new_tokens, options.batch_rows, votes + 1) < 1 or (options.endpoint and (votes or not options.model)):
+        raise config.UserError("--max-new-tokens and --batch-rows are 1 or more, --votes 0 or more; --endpoint has no votes and needs --model NAME")
+    try:
+        template = Path(file).read_text(encoding="utf-8") if file else ""
+        if file and not template.strip():
+            raise ValueError("it is empty")
+    except (OSError, ValueError) as error:
+        raise config.UserError(f"cannot read --prompt-file {file}: {error}")
     style = options.style or ("short" if Path(source, "done.json").is_file() or Path(source, "figures.json").is_file() else "full")
     print(f"model: {source} ({style} prompts)", file=sys.stderr)
-    own = config.Evaluate(max_new_tokens=options.max_new_tokens, batch_rows=options.batch_rows)
-    return source, style, options.prompt_file.read() if options.prompt_file else "", own
+    own = config.Evaluate(max_new_tokens=options.max_new_tokens, batch_rows=options.batch_rows, key_variable=options.key_variable)
+    served = {"url": options.endpoint, "model": source, "checkpoint": source if style == "short" else ""}
+    return source, style, template, own, lambda file: (served | {"file": file}, None) if options.endpoint else M.load(source)
 
 
 def judge_pairs(model, processor, samples: list, mode: str = "think", votes: int = 0, orders: tuple = (False, True), style: str = "short",
@@ -392,9 +403,9 @@ def judge_command(options) -> None:
                                f"got {len(options.media)} files and {len(options.answer)} answers")
     pairs, of = [(i, j) for j in range(len(names)) for i in range(j)], lambda values, pair: [values[k] for k in pair]
     samples = [data.Sample("", task, options.prompt, fit(of(media, p) if generation else media), [] if generation else of(names, p)) for p in pairs]
-    source, style, template, own = choose_model(options)
+    source, style, template, own, load = choose_model(options)
     orders, noun = (False, True) if options.votes or options.rank else (False,), data.candidate_noun(task)
-    results = judge_pairs(*M.load(source), samples, options.mode, options.votes, orders, style, template, own)
+    results = judge_pairs(*load(config.ROOT / "runs" / "judge.replies.jsonl"), samples, options.mode, options.votes, orders, style, template, own)
     said = {answer: text for text, answer in data.verdict_strings(task).items()} | {0: "undecided", None: "unreadable"}
     results = [{"candidates": of(names, pair), "verdict": said[result["answer"]]} | result for pair, result in zip(pairs, results)]
     ranks = ranking(pairs, results, names) if options.rank else []
@@ -414,7 +425,9 @@ def judge_command(options) -> None:
 
 OF_MODELS = {"--model": dict(help="checkpoint folder or hub name; the newest trained run if not given"),
              "--mode": dict(choices=("think", "answer"), default="think"), "--style": dict(choices=("short", "full"), help="if not the model's own"),
-             "--prompt-file": dict(type=argparse.FileType(encoding="utf-8"), help="own text: {noun} {prompt} {dimensions} {verdicts} {answer_1} ..."),
+             "--prompt-file": dict(help="own text: {noun} {prompt} {dimensions} {verdicts} {answer_1} ..."),
+             "--endpoint": dict(default="", help="server (vLLM: http://HOST:8000/v1) that has --model; without it the model is run here"),
+             "--key-variable": dict(default="", help="NAME of the environment variable that holds the server's key"),
              "--max-new-tokens": dict(type=int, default=2048), "--batch-rows": dict(type=int, default=256, help="completions decoded together")}
 COMMANDS = {  # name: (function, options as argparse takes them)
     "bench": (bench, {"--benchmark": dict(choices=BENCHMARKS, required=True), "--path": dict(nargs="+", required=True, help="files or folder"),

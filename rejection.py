@@ -26,11 +26,9 @@ def run(stage: str, settings: config.Settings, folder: Path) -> str:
                                                         config.made_by("cold_start", out), label="judging the pool")]
     else:
         model, processor = M.load(config.checkpoint("cold_start", settings, out))
-        prompts = [M.encode(processor, model, data.build_prompt(sample, "think"), data.THINK) for sample in config.share(samples)]
         rng = random.Random(f"{settings.run.seed}/rejection")
-        seeds = config.share([rng.getrandbits(32) for _ in samples])
-        made = M.generate(model, processor, prompts, 1, own.max_new_tokens, own.temperature, own.batch_rows, seeds, "judging the pool")
-        texts = config.gather([data.THINK + processor.text(ids[:length]) for ids, length in zip(made.ids, made.lengths)])
+        texts = M.generate_texts(model, processor, [data.build_prompt(sample, "think") for sample in samples], data.THINK, 1, own.max_new_tokens,
+                                 own.temperature, own.batch_rows, [rng.getrandbits(32) for _ in samples], "judging the pool")
     correct, wrong, counts = [], [], {task: {"pairs": 0, "correct": 0, "malformed": 0} for task in data.TASKS}
     for sample, text in zip(samples, texts):
         verdict = data.parse_verdict(text, sample.task)

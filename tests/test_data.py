@@ -484,8 +484,9 @@ def test_a_wrong_type_is_refused_and_the_setting_named(tmp_path, line):
         settings_of(tmp_path, f"[grpo]\n{line}")
 
 
-@pytest.mark.parametrize("name, value", [("grpo.steps", "1.5"), ("grpo.steps", "ten"), ("grpo.steps", ""), ("grpo.lr", "1e-"), ("grpo.scale_by_std", "1"),
-                                         ("grpo.nothing", "1"), ("nothing.lr", "1")])
+@pytest.mark.parametrize("name, value", [("grpo.steps", "1.5"), ("grpo.steps", "ten"), ("grpo.steps", ""),
+    ("distill.concurrency", "0"), ("data.max_pixels", "0"), ("distill.retries", "-1"), ("grpo.lr", "nan"),
+    ("grpo.lr", "1e-"), ("grpo.scale_by_std", "1"), ("grpo.nothing", "1"), ("nothing.lr", "1")])
 def test_a_wrong_override_is_refused_and_named(tmp_path, name, value):
     with pytest.raises(config.UserError, match=f"--{name}"):
         settings_of(tmp_path, "", (name, value))

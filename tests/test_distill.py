@@ -485,6 +485,60 @@ def test_evaluate_judges_by_a_server_in_both_orders_and_a_changed_server_makes_n
         assert config.fingerprint("cold_start", settings) != config.fingerprint("cold_start", other), change
 
 
+def test_a_benchmark_and_a_pair_are_judged_by_a_server_of_any_model(samples, serve, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(config, "ROOT", tmp_path)  # where judge keeps its replies
+    sample = next(s for s in samples if s.task == "image_understanding")
+    row = {"id": "RLHF-1", "query": sample.prompt, "response": sample.answers, "image": sample.media[0], "human_ranking": [0, 1]}
+    (tmp_path / "vl.json").write_text(json.dumps([row]))
+    text, endless = "<think>x</think>\n<answer>Answer 1 is better</answer>", (float("inf"), 1)  # a count that is no number is asked again
+    server = serve([sample], lambda attempt, s, body: completion(text, tokens=endless if attempt == 0 else (9, 9)))
+    served = ["--endpoint", server.url, "--model", "big-72b", "--key-variable", "LOOPBACK_KEY"]
+    line = ["--benchmark", "vl_rewardbench", "--path", str(tmp_path / "vl.json"), "--out", str(tmp_path / "vl-72b.json"), *served]
+    for _ in range(2):  # the second time nothing is left to ask
+        evaluate.command_line("bench", line)
+        cell = json.loads((tmp_path / "vl-72b.json").read_text())["metrics"]["hallucination"]
+        assert (cell["accuracy"], cell["orders_agree"], cell["pairs"]) == (0.5, 0.0, 1) and len(server.seen) == 3
+    assert all(row["body"]["model"] == "big-72b" and row["authorization"] == f"Bearer {KEY}" for row in server.seen) and not holds_key(tmp_path)
+    pair = ["--task", sample.task, "--prompt", sample.prompt, "--answer", sample.answers[0], "--answer", sample.answers[1], sample.media[0]]
+    capsys.readouterr()
+    evaluate.command_line("judge", [*pair, *served])
+    assert "verdict: Answer 1 is better" in capsys.readouterr().out and len(server.seen) == 4
+
+
+@pytest.mark.parametrize("change, said", [(dict(base_url="localhost:8000/v1"), "http"), (dict(base_url="http://[::1"), "http"),
+                                          (dict(base_url=""), "http"), (dict(key_variable="ODD_KEY"), "ODD_KEY")])
+def test_an_address_or_a_key_that_cannot_work_is_said_before_anything_is_sent(run_folder, serve, monkeypatch, change, said):
+    server, settings = serve([], None), config.Settings()
+    monkeypatch.setenv("ODD_KEY", "schlüssel")
+    settings.distill = config.Distill(**dict(teacher="some-model", base_url=server.url, key_variable="LOOPBACK_KEY", retries=8) | change)
+    with pytest.raises(config.UserError, match=said) as error:
+        distill.run("distill", settings, run_folder / "distill")
+    assert "\n" not in str(error.value) and "schlüssel" not in str(error.value) and not server.seen
+
+
+def test_only_the_small_world_has_a_scripted_teacher_and_sft_rows_bring_their_own(tmp_path):
+    picture = Image.new("RGB", (32, 32))
+    for name in ("a.png", "b.png"):
+        picture.save(tmp_path / name)
+    texts = ["<think>1. A: x</think>\n<answer>Image 2 is better</answer>", "<answer>Image 1 is better</answer>"]
+    said = [[{"from": "human", "value": "<image><image>Which?"}, {"from": "gpt", "value": text}] for text in texts]
+    rows = [{"conversations": turns, "images": ["a.png", "b.png"]} for turns in said]
+    pair = {"task": "image_generation", "prompt": "a cat", "media": ["a.png", "b.png"], "label": 1}
+    data.write_jsonl(tmp_path / "sft.jsonl", rows), data.write_jsonl(tmp_path / "pairs.jsonl", [pair])
+    for folder in ("data", "distill"):
+        (tmp_path / folder).mkdir()
+    for source, teacher_name, refused in (("pairs", "scripted", True), ("pairs", "given", True), ("sft", "scripted", True), ("sft", "given", False)):
+        settings = config.load_settings("smoke", [("data.distill", str(tmp_path / f"{source}.jsonl")), ("distill.teacher", teacher_name)])
+        data.write_sources("distill", settings, tmp_path / "data")
+        if refused:
+            with pytest.raises(config.UserError, match=f"the {teacher_name} teacher knows nothing of distill-000000"):
+                distill.run("distill", settings, tmp_path / "distill")
+    distill.run("distill", settings, tmp_path / "distill")
+    (parts, response), = data.read_conversations(tmp_path / "distill" / "kept.jsonl")
+    assert response == texts[0] and [part["type"] for part in parts] == ["image", "image", "text"] and parts[-1]["text"] == "Which?"
+    assert [row["dropped"] for row in data.read_jsonl(tmp_path / "distill" / "dropped.jsonl")] == ["malformed"]
+
+
 def test_a_stage_that_starts_again_keeps_its_replies_and_nothing_else(run_folder, serve):
     samples = data.read_samples(run_folder / "data" / "distill.jsonl")
     server = serve(samples, lambda attempt, s, body: completion(right(s)))

@@ -204,6 +204,27 @@ def test_genai_video_takes_frames_from_the_folder_of_the_videos_name(tmp_path):
     assert samples["0"].media[0][0] == str(tmp_path / "clips" / "l0" / "1.png")
 
 
+def test_a_line_separator_in_a_caption_ends_no_csv_row_and_a_file_that_cannot_be_read_is_one_line(tmp_path):
+    for name in "ab":
+        picture(tmp_path / name / "1.png")
+    table, head = tmp_path / "x.csv", "path_A,path_B,prompt,Overall\n"
+    table.write_text(head + "a,b,one\u2028two,A\na,b,one\x85two,B\n", encoding="utf-8")
+    samples, broken = evaluate.read_benchmark("videogen_rewardbench", [str(table)])
+    assert not broken and [(s.prompt, s.label) for s in samples.values()] == [("one\u2028two", 1), ("one\x85two", 2)]
+    for content in ((head + "a,b,café,A\n").encode("latin-1"), (head + "a,b," + "x" * 200_000 + ",A\n").encode()):
+        table.write_bytes(content)
+        with pytest.raises(config.UserError, match="cannot read .*x.csv"):
+            evaluate.read_benchmark("videogen_rewardbench", [str(table)])
+
+
+@pytest.mark.parametrize("more", [{"response": "ab"}, {"response": ["a", "b", "c"]}, {"response": ["a"]}, {"image": "x" * 5000}])
+def test_a_benchmark_row_without_two_answers_or_with_an_impossible_path_is_broken(tmp_path, more):
+    picture(tmp_path / "images" / "a.png")
+    (tmp_path / "vl.json").write_text(json.dumps([vl_row("a"), vl_row("a", **more)]))
+    samples, broken = evaluate.read_benchmark("vl_rewardbench", [str(tmp_path / "vl.json")])
+    assert len(samples) == 1 and len(broken) == 1 and "row 2" in broken[0]
+
+
 def test_videogen_rewardbench_reads_the_overall_verdict_of_its_csv(tmp_path):
     with open(tmp_path / "videogen-rewardbench.csv", "w", newline="") as stream:
         table = csv.DictWriter(stream, ["path_A", "path_B", "A_model", "B_model", "prompt", "VQ", "MQ", "TA", "Overall"])
@@ -268,6 +289,13 @@ def test_bench_counts_broken_rows_resumes_whole_pairs_and_keeps_its_results(tmp_
     assert [row["text"] for row in again] == [row["text"] for row in rows] and json.loads(out.read_text()) == first
     assert "give another --out" in refused(*line[:-4], "--max-new-tokens", 9, "--out", out)
     assert out.with_suffix(".jsonl").read_text().count("\n") == 8
+    out.with_suffix(".jsonl").write_text(kept[:-40])  # killed in the middle of a line
+    run(*line)
+    assert out.with_suffix(".jsonl").read_text() == kept and json.loads(out.read_text()) == first
+    (tmp_path / "mine.json").write_text("my own")
+    for name in (out.with_suffix(".jsonl"), tmp_path / "mine.json", tmp_path):
+        assert "give another --out" in refused(*line[:-1], name)
+    assert out.with_suffix(".jsonl").read_text() == kept and (tmp_path / "mine.json").read_text() == "my own"
 
 
 @pytest.mark.parametrize("mode", ["answer", "think"])
@@ -320,6 +348,8 @@ def test_compare_refuses_different_pairs(tmp_path):
     assert "different pairs" in refused("compare", a, result(tmp_path / "b.json", [1, 2]))
     assert "different pairs" in refused("compare", a, result(tmp_path / "c.json", [1, 2, 0], label=2))
     assert "missing.json" in refused("compare", a, tmp_path / "missing.json")
+    (tmp_path / "pairs.jsonl").write_text('{"id": "1", "task": "image_generation", "label": 1}\n')
+    assert "pairs.jsonl, line 1: KeyError: 'swapped'" in refused("compare", a, tmp_path / "pairs.jsonl")
 
 
 # ------------------------------------------------------------------------------------------------------------------ judge
@@ -419,6 +449,11 @@ def test_video_understanding_takes_a_folder_or_the_frames(tmp_path, capsys, as_f
     (["--task", "image_generation", "--model", "no/such/folder", "A", "B"], "no/such/folder"),
     (["--task", "image_generation", "--prompt-file", "nowhere.txt", "A", "B"], "nowhere.txt"),
     (["--task", "image_generation", "--votes", "many", "A", "B"], "invalid int value"),
+    (["--task", "image_generation", "--votes", "-2", "A", "B"], "--votes 0 or more"),
+    (["--task", "image_generation", "--max-new-tokens", "0", "A", "B"], "1 or more"),
+    (["--task", "image_generation", "--batch-rows", "0", "A", "B"], "1 or more"),
+    (["--task", "image_generation", "--votes", "2", "--endpoint", "http://x", "A", "B"], "no votes"),
+    (["--task", "image_generation", "--endpoint", "x:8000", "A", "B"], "'x:8000' is to be http(s)://"),
     (["--task", "image_generation"], "media"),
 ])
 def test_mistakes_get_one_line(arguments, says, pictures):
@@ -429,7 +464,7 @@ def test_mistakes_get_one_line(arguments, says, pictures):
 
 def test_without_model_the_newest_run_is_taken_and_its_style_known(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(config, "ROOT", tmp_path)
-    options = Namespace(model=None, style=None, prompt_file=None, max_new_tokens=5, batch_rows=2)
+    options = Namespace(model=None, style=None, prompt_file=None, max_new_tokens=5, batch_rows=2, votes=0, endpoint="", key_variable="")
     with pytest.raises(config.UserError, match="no trained run under"):
         evaluate.choose_model(options)
     for age, name in enumerate(["old/cold_start", "old/grpo", "new/grpo", "newest/rejection_sft"]):
@@ -459,6 +494,9 @@ def test_a_prompt_file_replaces_the_text_in_the_order_shown(base, pictures, tmp_
     model, processor = base
     made = M.generate(model, processor, [M.encode(processor, model, asked)], max_new_tokens=10, temperature=0.0)
     assert own == processor.text(made.ids[0, : made.lengths[0]])
-    (tmp_path / "wrong.txt").write_text("{caption}")
-    assert "caption" in refused("judge", "--model", BASE, "--task", sample.task, "--prompt", "what", "--answer", "a", "--answer", "b",
-                                "--prompt-file", tmp_path / "wrong.txt", pictures[0])
+    wrong = [(b"{caption}", "caption"), (b"{prompt.x}", "no attribute 'x'"), (b"{prompt[a]}", "indices"), (b'{"a": 1}', "{{ or }}"),
+             (b"{", "{{ or }}"), (b"", "it is empty"), (b" \n", "it is empty"), (b"caf\xe9", "wrong.txt: 'utf-8' codec")]
+    for text, said in wrong:
+        (tmp_path / "wrong.txt").write_bytes(text)
+        assert said in refused("judge", "--model", BASE, "--task", sample.task, "--prompt", "what", "--answer", "a", "--answer", "b",
+                               "--prompt-file", tmp_path / "wrong.txt", pictures[0])

@@ -411,6 +411,10 @@ BAD = {  # what is wrong: (row, what the message says)
     "odd frames for two videos": ({"problem": "?", "solution": "<answer>Video 1 is better</answer>", "images": ["0.png", "1.png", "0.png"]}, "3 frames"),
     "broken JSON": ('{"id": "x", ', "JSON"),
     "no object": ('"text"', "AttributeError"),
+    "half an emoji": (pairs()[2] | {"answers": ["a cat", "\ud83d"]}, "UnicodeEncodeError"),
+    "nested too deep": ('{"a": ' + "[" * 5000, "RecursionError"),
+    "an impossible path": (pairs()[1] | {"media": ["x" * 5000, "clip1.gif"]}, "OSError"),
+    "the second video empty": (pairs()[1] | {"media": ["clip0.gif", "empty"]}, "video 2, .*empty, has no frames"),
 }
 
 
@@ -484,6 +488,17 @@ def test_official_files_can_be_sources(folder):
     for sample in made["pool"]:
         assert data.build_prompt(sample, "think")[-1]["text"] == "Which is better?"
     assert len(made["test"]) == 4 and len({s.id for s in made["pool"]}) == 8
+
+
+def test_a_clip_is_a_clip_whatever_its_folder_is_called_and_whatever_else_a_row_says(folder):
+    """An official row's GIF is no image because it is one file, nor one frame because of a # in its folder; further columns are nobody's scores."""
+    (folder / "se#t").mkdir()
+    (folder / "clip0.gif").rename(folder / "se#t" / "clip0.gif")
+    row = {"problem": "<video>What moves?", "solution": "<answer>Answer 1 is better</answer>", "images": ["se#t/clip0.gif"]}
+    extra = pairs()[2] | {"scores": [0.2, 0.8], "reasons": "none", "response": ["x"]}
+    made = stage(folder / "run", pool=write(folder / "rows.jsonl", [row, row | {"images": "se#t/clip0.gif"}, extra]))["pool"]
+    assert [(s.task, len(s.media[0])) for s in made[:2]] == [("video_understanding", 8)] * 2
+    assert made[2].swapped().answers == extra["answers"][::-1] and not made[2].scores
 
 
 def test_a_bad_row_of_a_json_list_is_named_by_its_place_in_it(folder):

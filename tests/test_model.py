@@ -218,6 +218,16 @@ def test_row_p_times_g_plus_g_is_completion_g_of_prompt_p(tiny, prompts):
             assert together.lengths[row] == length and together.ids[row, :length].tolist() == one.ids[0].tolist()
 
 
+def test_texts_are_the_same_whatever_the_slices_and_few_prompts_are_encoded_at_a_time(tiny, samples, monkeypatch):
+    model, processor = tiny
+    parts = [data.build_prompt(s, "think") for s in samples] * 4  # 48
+    whole, sizes, generate = M.generate_texts(model, processor, parts, data.THINK, 1, 6, 0.0), [], M.generate
+    monkeypatch.setattr(M, "generate", lambda m, p, prompts, *how, **more: sizes.append(len(prompts)) or generate(m, p, prompts, *how, **more))
+    assert M.generate_texts(model, processor, parts, data.THINK, 1, 6, 0.0, batch_rows=2) == whole and sizes == [32, 16]
+    two, one = (M.generate_texts(model, processor, parts[:3], "", group, 6, 0.0, batch_rows=2) for group in (2, 1))
+    assert two[::2] == two[1::2] == one
+
+
 def test_banned_tokens_are_never_sampled_and_carry_no_probability(tiny, prompts):
     model, processor = copy.deepcopy(tiny[0]), tiny[1]
     banned = M.banned_ids(model, processor.tokenizer)
