@@ -17,6 +17,7 @@ three-way accuracy, tau_calibrated = three-way accuracy when totals closer than 
 
 import argparse
 import csv
+import functools
 import hashlib
 import json
 import math
@@ -231,7 +232,7 @@ def find_media(value, video: bool, root="", cache: Path | None = None):
 
 def benchmark_rows(file: Path):
     if file.suffix != ".parquet":
-        return csv.DictReader(file.read_text(encoding="utf-8-sig").splitlines(True)) if file.suffix == ".csv" else data.read_jsonl(file)
+        return csv.DictReader(config.read_text(file).splitlines(True)) if file.suffix == ".csv" else data.read_jsonl(file)
     try:
         from pyarrow.parquet import ParquetFile
     except ImportError:
@@ -288,7 +289,7 @@ def bench(options) -> None:
     out.parent.mkdir(parents=True, exist_ok=True)
     config.write_text(out, json.dumps({"state": state}))
     kept, ties = out.with_suffix(".jsonl"), any(sample.label == 0 for sample in samples.values())
-    rows = data.read_jsonl(kept) if kept.exists() else []
+    rows = distill.read_replies(kept)
     done = {row["id"] for row in rows if row["swapped"]}  # the second order is written last
     data.write_jsonl(kept, rows := [row for row in rows if row["id"] in done])
     todo = [sample for key, sample in samples.items() if key not in done]
@@ -315,7 +316,7 @@ def mcnemar(first: int, second: int) -> float:
 def compare(options) -> None:
     """Two results over the same pairs: the difference of accuracies with its paired bootstrap interval, and exact McNemar on the pairs that
     one of them judged better (where both orders were judged a pair can be half right, and this is the sign test)."""
-    both = [data.read_jsonl(file) if (file := Path(name).with_suffix(".jsonl")).is_file() else [] for name in options.results]
+    both = [data.read_jsonl(Path(name).with_suffix(".jsonl")) for name in options.results]
     one, two = ({(row["task"], row["id"], row["swapped"], row["label"]) for row in rows} for rows in both)
     if one != two or not one:
         raise config.UserError(f"{' and '.join(options.results)} judge different pairs: {len(one)} and {len(two)} rows, {len(one & two)} in common")
@@ -343,8 +344,10 @@ def choose_model(options) -> tuple:
         raise config.UserError(f"--model {source}: no such folder, and no hub name")
     style = options.style or ("short" if Path(source, "done.json").is_file() or Path(source, "figures.json").is_file() else "full")
     print(f"model: {source} ({style} prompts)", file=sys.stderr)
+    if options.max_new_tokens < 1 or options.batch_rows < 1 or getattr(options, "votes", 0) < 0:
+        raise config.UserError("--max-new-tokens and --batch-rows begin at 1, --votes at 0")
     own = config.Evaluate(max_new_tokens=options.max_new_tokens, batch_rows=options.batch_rows)
-    return source, style, options.prompt_file.read() if options.prompt_file else "", own
+    return source, style, config.read_text(options.prompt_file) if options.prompt_file else "", own
 
 
 def judge_pairs(model, processor, samples: list, mode: str = "think", votes: int = 0, orders: tuple = (False, True), style: str = "short",
@@ -411,7 +414,7 @@ def judge_command(options) -> None:
 
 OF_MODELS = {"--model": dict(help="checkpoint folder or hub name; the newest trained run if not given"),
              "--mode": dict(choices=("think", "answer"), default="think"), "--style": dict(choices=("short", "full"), help="if not the model's own"),
-             "--prompt-file": dict(type=argparse.FileType(encoding="utf-8"), help="own text: {noun} {prompt} {dimensions} {verdicts} {answer_1} ..."),
+             "--prompt-file": dict(help="own text: {noun} {prompt} {dimensions} {verdicts} {answer_1} ..."),
              "--max-new-tokens": dict(type=int, default=2048), "--batch-rows": dict(type=int, default=256, help="completions decoded together")}
 COMMANDS = {  # name: (function, options as argparse takes them)
     "bench": (bench, {"--benchmark": dict(choices=BENCHMARKS, required=True), "--path": dict(nargs="+", required=True, help="files or folder"),
@@ -436,8 +439,4 @@ def command_line(command: str, arguments: list) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        command_line(sys.argv[1], sys.argv[2:]) if sys.argv[1:2] and sys.argv[1] in COMMANDS else config.main("evaluate")
-    except config.UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    config.main("evaluate", {name: functools.partial(command_line, name) for name in COMMANDS})
