@@ -7,7 +7,6 @@ which are the defaults below. Every stage writes runs/NAME/STAGE/; running one f
 or was made with other settings, and prints the command for each.
 """
 
-import contextlib
 import dataclasses
 import difflib
 import fcntl
@@ -135,7 +134,7 @@ class Distill(Server):
 
 @dataclass
 class Rejection(Server):
-    endpoint: str = setting("", "server (vLLM: http://HOST:8000/v1) that has the judge under the name cold_start; empty runs it here", False, f"({URL})?")
+    endpoint: str = setting("", "server (vLLM: http://HOST:8000/v1) that has the judge as cold_start; empty runs it here", False, f"({URL})?")
     temperature: float = setting(1.0, "sampling temperature of the judge")
     max_new_tokens: int = setting(2048, "longest completion")
     batch_rows: int = setting(256, "completions decoded together")
@@ -144,8 +143,8 @@ class Rejection(Server):
 @dataclass
 class GRPO:
     mode: str = setting("think", "think or answer (the control without chain of thought)", allowed="think|answer")
-    start: str = setting("rejection_sft", "stage whose checkpoint is trained: base, cold_start, rejection_sft or direct_sft", allowed="base|cold_start|(rejection|direct)_sft")
-    data: str = setting("wrong", "trained on: wrong (what the judge got wrong, the paper's choice), correct, or pool (all)", allowed="wrong|correct|pool")
+    start: str = setting("rejection_sft", "what is trained: base, cold_start, rejection_sft, direct_sft", allowed="base|cold_start|(rejection|direct)_sft")
+    data: str = setting("wrong", "trained on: wrong (what the judge got wrong: the paper), correct, or pool (all)", allowed="wrong|correct|pool")
     random_order: bool = setting(False, "turn every other pair round: what one judge got wrong has more labels on one side, and that is soon learnt")
     steps: int = setting(500, "rollouts, each followed by updates_per_rollout optimiser steps")
     prompts_per_step: int = setting(64, "prompts per rollout (paper: one on each of 64 GPUs)")
@@ -158,7 +157,7 @@ class GRPO:
     clip_low: float = setting(0.2, "the ratio is clipped below 1 - clip_low", allowed=(0, 1))
     clip_high: float = setting(0.2, "the ratio is clipped above 1 + clip_high")
     scale_by_std: bool = setting(True, "divide advantages by the group's standard deviation; false is Dr. GRPO")
-    normalise: str = setting("rollout", "token (all alike, DAPO), rollout (mean of each rollout's mean, GRPO) or constant (Dr. GRPO)", allowed="token|rollout|constant")
+    normalise: str = setting("rollout", "token (DAPO), rollout (mean of means, GRPO) or constant (Dr. GRPO)", allowed="token|rollout|constant")
     format_weight: float = setting(1.0, "weight of the format reward")
     accuracy_weight: float = setting(1.0, "weight of the accuracy reward")
     consistency_weight: float = setting(0.0, "weight of a reward for sums that add up and a verdict that follows from them (not in the paper)")
@@ -175,7 +174,7 @@ class GRPO:
 @dataclass
 class Evaluate(Server):
     endpoint: str = setting("", "server (vLLM: http://HOST:8000/v1) of the checkpoints in `served`; empty runs all here", False, f"({URL})?")
-    served: str = setting("grpo", "stages, with commas between, that endpoint serves under these names; the others are run here", False, f"{STAGE}(,{STAGE})*")
+    served: str = setting("grpo", "stages, with commas between, that endpoint serves by these names; others run here", False, f"{STAGE}(,{STAGE})*")
     max_new_tokens: int = setting(2048, "longest completion")
     batch_rows: int = setting(256, "completions decoded together")
     test_pairs: int = setting(0, "pairs per task used of each split; 0 takes all", allowed=(0, 1e12))
@@ -203,22 +202,18 @@ def set_value(settings: Settings, name: str, value, source: str) -> None:
     if name not in known:
         near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
         raise UserError(f"{source}: unknown setting {name!r}; did you mean {near!r}?")
-    kind = known[name].type
-    if isinstance(value, str) and kind is not str and source.startswith("--"):
-        try:
+    kind, help, allowed = known[name].type, known[name].metadata["help"], known[name].metadata["allowed"]
+    least, most = (allowed or (int(kind is int), 1e12)) if kind in (int, float) else (False, True)
+    takes = {str: f"str: {help}", bool: "true or false"}.get(kind, f"a number ({kind.__name__}) from {least:g} to {most:g}")
+    try:
+        if isinstance(value, str) and kind is not str and source.startswith("--"):
             value = {"true": True, "false": False}[value.lower()] if kind is bool else kind(value)
-        except (KeyError, ValueError):
-            raise UserError(f"{source}: {name} takes {'true or false' if kind is bool else f'a number ({kind.__name__})'}, not {value!r}")
-    if kind is float and type(value) is int:
-        value = float(value)
-    if type(value) is not kind:
-        raise UserError(f"{source}: {name} takes {kind.__name__}, not {value!r}")
-    allowed = known[name].metadata["allowed"]
-    if kind is str and not re.fullmatch(allowed or "(?s).*", value):  # the value is not repeated: it may be a key
-        raise UserError(f"{source}: {name} cannot be that; it is: {known[name].metadata['help']} (default {known[name].default!r})")
-    least, most = allowed if kind in (int, float) and allowed else (int(kind is int), 1e12)
-    if kind in (int, float) and not least <= value <= most:
-        raise UserError(f"{source}: {name} goes from {least:g} to {most:g}; {value!r} does not")
+        value = float(value) if kind is float and type(value) is int else value
+        fits = type(value) is kind and (re.fullmatch(allowed or "(?s:.*)", value) if kind is str else least <= value <= most)
+    except (KeyError, ValueError, OverflowError):
+        fits = False
+    if not fits:  # a wrong text is not repeated: it may be a key
+        raise UserError(f"{source}: {name} takes {takes}" + f"; {value!r} is none" * (kind is not str))
     section, key = name.split(".")
     setattr(getattr(settings, section), key, value)
 
@@ -384,20 +379,8 @@ def main(default_stage: str, commands=None) -> None:
         if "--debug" in sys.argv:
             traceback.print_exc()
         after = "" if isinstance(error, UserError) else "; what was finished is kept, and the same command goes on (--debug says where this was)"
-        print(f"error: {one_line(error or type(error).__name__)}{after}", file=sys.stderr)
+        print(f"error: {one_line(str(error) or type(error).__name__)}{after}", file=sys.stderr)
         sys.exit(2)
-
-
-@contextlib.contextmanager
-def locked(folder: Path):
-    """Keeps other processes out of a folder while one is at work in it; the lock ends with its process, however that ends."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / f"lock{os.environ.get('RANK', '0')}", "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"another process is at work in {folder}: wait for it, or give another --out")
-        yield
 
 
 def run_stages(default_stage: str, arguments: list) -> None:
@@ -437,7 +420,12 @@ def run_stages(default_stage: str, arguments: list) -> None:
     out = Path(options.get("--out", ROOT / "runs" / Path(options["--config"]).stem)).resolve()
     command = " ".join([f"--config {options['--config']}"] + [f"--{n} {v}" for n, v in overrides] + ([f"--out {options['--out']}"] if "--out" in options else []))
     whole = stage in ("grpo", "evaluate")  # the last stages of the paper: end with the table
-    with locked(out):
+    out.mkdir(parents=True, exist_ok=True)
+    with open(out / f"lock{os.environ.get('RANK', '0')}", "w") as lock:  # the system lets go of it when the process ends, however that ends
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"another process is at work in {out}: wait for it, or give another --out")
         for step in plan(["data", stage, "evaluate"] if whole else [stage]):
             if not is_done(step, settings, out) or ("--force" in options and step == stage):
                 do_stage(step, settings, out, command)

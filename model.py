@@ -16,10 +16,10 @@ import struct
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import jinja2
 import torch
 import torch.nn.functional as F
 import transformers
+from jinja2 import TemplateError
 from PIL import Image, ImageOps, ImageSequence
 from safetensors import SafetensorError
 from torch.utils.checkpoint import checkpoint
@@ -39,7 +39,7 @@ SENTINEL = "\ue000"  # stands for one piece of user text while the chat template
 BACKBONES = ("qwen2_5_vl", "qwen3_vl", "llava_onevision")
 LANGUAGE_WEIGHTS = ("model.language_model.", "lm_head.")
 VISION_WEIGHTS = ("model.visual.", "model.vision_tower.", "model.multi_modal_projector.", "model.image_newline")
-TRUST = {"trust_remote_code": False}  # a checkpoint is data; without this a folder that brings code would ask on the terminal
+SAFE = {"trust_remote_code": False, "use_safetensors": True}  # a checkpoint is data: neither its code nor its pickles are run
 KEPT_FILES = ("processor_config.json", "video_preprocessor_config.json", "chat_template.json")  # of a real checkpoint, for other programs
 
 
@@ -68,18 +68,20 @@ def load(path: str, dtype: torch.dtype | None = None) -> tuple:
         raise config.UserError(f"no model folder {path}")
     gpu, optional = torch.cuda.is_available(), {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
     try:
-        kind = AutoConfig.from_pretrained(path, **TRUST)
+        kind = AutoConfig.from_pretrained(path, trust_remote_code=False)
         if kind.model_type not in BACKBONES:
             raise config.UserError(f"{path} is a {kind.model_type}; this project runs {', '.join(BACKBONES)}")
         dtype = dtype or (torch.bfloat16 if gpu and kind.text_config.hidden_size >= 512 else torch.float32)
-        model, report = AutoModelForImageTextToText.from_pretrained(path, dtype=dtype, attn_implementation="sdpa", output_loading_info=True, use_safetensors=True, **TRUST)
+        model, report = AutoModelForImageTextToText.from_pretrained(path, dtype=dtype, attn_implementation="sdpa", output_loading_info=True, **SAFE)
         files = {name: Path(file).read_text(encoding="utf-8") for name in KEPT_FILES if (file := cached_file(path, name, **optional))}
-        tokenizer, image_processor = AutoTokenizer.from_pretrained(path, **TRUST), AutoImageProcessor.from_pretrained(path, backend="pil", **TRUST)  # no torchvision
-    except (OSError, ValueError, TypeError, LookupError, AttributeError, RuntimeError, SafetensorError) as error:
-        raise config.UserError(f"cannot load {path}: {str(error).strip().splitlines()[0]}")
-    tokenizer.chat_template = tokenizer.chat_template or json.loads(files.get("chat_template.json", "{}")).get("chat_template")
-    if report["missing_keys"] or not tokenizer.chat_template:
-        raise config.UserError(f"{path} lacks {', '.join(sorted(report['missing_keys'])[:1]) or 'a chat template'}; is the folder complete?")
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+        image_processor = AutoImageProcessor.from_pretrained(path, backend="pil", trust_remote_code=False)  # no torchvision
+        tokenizer.chat_template = tokenizer.chat_template or json.loads(files.get("chat_template.json", "{}")).get("chat_template")
+        rendered_template(tokenizer, ("text",))
+    except (OSError, ValueError, TypeError, LookupError, AttributeError, RuntimeError, SafetensorError, TemplateError) as error:
+        raise config.UserError(f"cannot load {path}: {config.one_line(error)[:200]}")
+    if report["missing_keys"]:
+        raise config.UserError(f"{path} lacks {min(report['missing_keys'])}; is the folder complete?")
     if not model.config.image_token_id < len(tokenizer) <= model.get_input_embeddings().num_embeddings:
         raise config.UserError(f"{path}: the tokenizer has {len(tokenizer)} entries and is not that of the model")
     if kind.model_type == "llava_onevision":
@@ -182,8 +184,7 @@ def encode(processor: Processor, model, parts: list, prefix: str = "", response:
     if response is not None:
         tail = tail + tokenize(tokenizer, response, plain=True) + [tokenizer.eos_token_id]
     if len(ids + tail) > (most := model.config.text_config.max_position_embeddings):
-        shown = " ".join(part["text"] for part in parts if part["type"] == "text")
-        raise config.UserError(f"a prompt of {len(ids + tail)} tokens, and the model takes {most}; its text begins: {shown[:200]!r}")
+        raise config.UserError(f"{len(ids + tail)} tokens, and the model takes {most}: {[part['text'][:80] for part in parts if 'text' in part]}")
     ids, types = torch.tensor(ids + tail), torch.tensor([kinds.get(token, 0) for token in ids + tail])
     grids, patches = ({k: join(found) if found else None for k, found in made.items()} for made, join in ((grids, torch.stack), (patches, torch.cat)))
     positions = torch.arange(len(ids)).expand(3, -1)
@@ -196,10 +197,7 @@ def encode(processor: Processor, model, parts: list, prefix: str = "", response:
 def rendered_template(tokenizer, kinds: tuple) -> tuple:
     """Token ids of the chat template around parts of these kinds, with SENTINEL where user text goes."""
     parts = [{"type": "text", "text": SENTINEL} if kind == "text" else {"type": kind} for kind in kinds]
-    try:
-        text = tokenizer.apply_chat_template([{"role": "user", "content": parts}], add_generation_prompt=True, tokenize=False)
-    except jinja2.TemplateError as error:
-        raise config.UserError(f"the chat template fails: {error}")
+    text = tokenizer.apply_chat_template([{"role": "user", "content": parts}], add_generation_prompt=True, tokenize=False)
     pieces = []
     for k, piece in enumerate(text.split(SENTINEL)):
         pieces += ([SENTINEL] if k else []) + tokenize(tokenizer, piece, plain=False)
@@ -437,8 +435,8 @@ def frames_of(path: str, wanted=()):
             raise ValueError("there is no such file")
         with av.open(path) if video else Image.open(path, formats=FORMATS) as file:
             size = (file.streams.video[0].width, file.streams.video[0].height) if video else file.size
-            if size[0] * size[1] > MAX_PIXELS or not video and (max(size) > 200 * min(size) or file.mode == "F"):  # image processors, too, refuse such sides
-                raise ValueError(f"{size[0]} x {size[1]} pixels; at most {MAX_PIXELS} are read, no side may be over 200 times the other, nor pixels floats")
+            if size[0] * size[1] > MAX_PIXELS or max(size) > 200 * min(size) or not video and file.mode == "F":  # image processors refuse such sides
+                raise ValueError(f"{size[0]} x {size[1]} pixels; at most {MAX_PIXELS}, no side over 200 times the other, and no floats as pixels")
             for k, frame in enumerate(file.decode(video=0) if video else ImageSequence.Iterator(file)):
                 if k == MAX_FRAMES or not video and k * size[0] * size[1] > 100 * MAX_PIXELS:
                     raise ValueError(f"more than {MAX_FRAMES} frames, or too many pixels in them; cut it, or give a list of frames")
@@ -460,7 +458,7 @@ def read_clip(path: str, count: int, max_pixels: int) -> tuple:
 
 def read_image(path: str) -> Image.Image:
     """An image file, or a frame of a clip: "clip.gif#3of8" is the third of eight spread evenly over it."""
-    frame = re.fullmatch(r"(.+)#([0-9]+)of([0-9]+)", path)
+    frame = (found := re.fullmatch(r"(.+)#([0-9]{1,5})of([0-9]{1,5})", path)) and 0 < int(found[2]) <= int(found[3]) and found
     if not frame and path.lower().endswith(VIDEO_FILES):
         raise config.UserError(f"{path} is a video where an image belongs")
     return read_clip(frame[1], int(frame[3]), limits.max_pixels)[0][int(frame[2]) - 1] if frame else next(frames_of(path, (0,)))

@@ -439,6 +439,5 @@ def inspect(arguments: list) -> None:
 
 if __name__ == "__main__":
     if len(sys.argv) != 2 or not Path(sys.argv[1]).is_dir():
-        print("error: python report.py RUN_FOLDER", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(print("error: python report.py RUN_FOLDER", file=sys.stderr) or 2)
     print(write(Path(sys.argv[1])))
