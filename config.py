@@ -9,6 +9,7 @@ or was made with other settings, and prints the command for each.
 
 import dataclasses
 import difflib
+import fcntl
 import hashlib
 import importlib
 import json
@@ -18,14 +19,18 @@ import shutil
 import sys
 import time
 import tomllib
+import traceback
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
+
+from safetensors import SafetensorError
 
 # Two torch threads beside another busy process would spin-wait for each other, ten times slower; asleep they cost a few per cent.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 ROOT = Path(__file__).resolve().parent
 distributed = lambda: importlib.import_module("torch.distributed")  # torch is imported late: --help and a mistyped setting answer at once
+NAME, URL, STAGE = "[A-Z0-9_]*", r"https?://[^\s/@?#]+(/[^\s@?#]*)?", "(base|cold_start|rejection_sft|direct_sft|grpo|grpo_direct)"  # of settings
 
 
 class UserError(Exception):
@@ -35,8 +40,9 @@ class UserError(Exception):
 # --------------------------------------------------------------------------------------------------------------- settings
 
 
-def setting(default, meaning: str, shapes: bool = True):
-    return field(default=default, metadata={"help": meaning, "shapes": shapes})
+def setting(default, meaning: str, shapes: bool = True, allowed=None):
+    """`allowed`: the pattern of a string, or (least, most) of a number; where it is not given, whole numbers begin at 1 and others at 0."""
+    return field(default=default, metadata={"help": meaning, "shapes": shapes, "allowed": allowed})
 
 
 def shaping(section) -> dict:
@@ -46,8 +52,8 @@ def shaping(section) -> dict:
 
 @dataclass
 class Run:
-    seed: int = setting(0, "moves the world, the data order and the sampling")
-    threads: int = setting(0, "CPU threads of torch; 0 leaves torch's own choice")
+    seed: int = setting(0, "moves the world, the data order and the sampling", allowed=(0, 2**62))
+    threads: int = setting(0, "CPU threads of torch; 0 leaves torch's own choice", allowed=(0, 4096))
     shard: bool = setting(False, "under torchrun: each process keeps a part of weights, gradients and Adam's moments (FSDP2)")
 
 
@@ -56,13 +62,14 @@ class Data:
     distill_pairs: int = setting(1000, "image generation pairs shown to the teacher (paper: about 10K, of which 5.5K were kept)")
     pool_pairs: int = setting(1000, "pairs per task in the unified pool (paper: about 105K in all)")
     test_pairs: int = setting(300, "pairs per task in the in-distribution test")
-    heldout_pairs: int = setting(100, "pairs per task whose colour-shape combinations were never trained on")
-    tie_pairs: int = setting(90, "pairs per generation task in the split of which a third are ties")
+    heldout_pairs: int = setting(100, "pairs per task whose colour-shape combinations were never trained on", allowed=(0, 1e12))
+    tie_pairs: int = setting(90, "pairs per generation task in the split of which a third are ties", allowed=(0, 1e12))
     distill: str = setting("", "files to distil on: PATH, PATH@first:N, PATH@end:N, PATH@random:N, PATH@N%, ...; empty: the small world's own")
     pool: str = setting("", "files that make the unified pool, written alike")
     test: str = setting("", "files that make the test, written alike; the small world's other tests are left out then")
     image_root: str = setting("", "folder that media paths are relative to; empty: the folder of each file")
-    on_error: str = setting("stop", "what a bad row does after all have been listed: stop, or skip (it is left out)")
+    media_within: str = setting("", "folder that no medium may lie outside of, symlinks followed; empty: the one paths are relative to", shapes=False)
+    on_error: str = setting("stop", "what a bad row does after all have been listed: stop, or skip (it is left out)", allowed="stop|skip")
     frames: int = setting(8, "frames shown of a video")
     pair_frames: int = setting(8, "frames shown of a pair of videos together, half of each")
     max_pixels: int = setting(512 * 512, "pixels of an image or frame; larger ones are scaled down")
@@ -83,7 +90,7 @@ class Model:
 @dataclass
 class SFT:
     lr: float = setting(2.5e-6, "peak learning rate")
-    warmup: float = setting(0.03, "share of the steps in which the learning rate rises; a cosine brings it down to zero after that")
+    warmup: float = setting(0.03, "share of the steps in which the learning rate rises; then a cosine brings it to zero", allowed=(0, 1))
     epochs: float = setting(3.0, "passes over the data")
     batch_size: int = setting(128, "examples per optimiser step")
     micro_tokens: int = setting(16384, "tokens per forward pass, padding included; changes memory and speed, never the result")
@@ -100,37 +107,37 @@ class Base(SFT):
     rebuild: bool = setting(False, "train the base anew in runs/NAME/base instead of starting from model.path")
     scenes: int = setting(8000, "pairs drawn for practice")
     rows_per_scene: int = setting(5, "exercises written on each of them")
-    simple: int = setting(12000, "exercises in the first single skill, naming; shapes.SKILLS says how many in the others")
+    simple: int = setting(12000, "exercises in the first single skill, naming; shapes.SKILLS says how many in the others", allowed=(0, 1e12))
     simple_lr: float = setting(1e-3, "peak learning rate of the single skills; `lr` is that of the mixture")
     freeze_vision: bool = setting(False, "the base is where seeing is learnt")
 
 
 @dataclass
 class Server:  # how a served model is asked (distill.ask)
-    key_variable: str = setting("", "NAME of the environment variable that holds the server's key; empty sends none", shapes=False)
+    key_variable: str = setting("", "NAME of the environment variable that holds the server's key; empty sends none", False, NAME)
     concurrency: int = setting(32, "requests under way at a time", shapes=False)
-    timeout: float = setting(300.0, "seconds until a request is given up and tried again", shapes=False)
-    retries: int = setting(8, "attempts after the first, with growing waits or those the server asks for", shapes=False)
+    timeout: float = setting(300.0, "seconds until a request is given up and tried again", False, (0.1, 1e6))
+    retries: int = setting(8, "attempts after the first, with growing waits or those the server asks for", False, (0, 1000))
     max_cost, price_in, price_out, max_side = 0.0, 0.0, 0.0, 16384  # of one's own server: nothing to pay, and pictures as they are
 
 
 @dataclass
 class Distill(Server):
     teacher: str = setting("scripted", "scripted (the small world), given (SFT rows bring their reasoning), or a served model (paper: gpt-4o)")
-    base_url: str = setting("https://api.openai.com/v1", "OpenAI-compatible server that has the teacher")
-    key_variable: str = setting("OPENAI_API_KEY", "NAME of the environment variable whose key is sent to base_url; empty sends none", shapes=False)
+    base_url: str = setting("https://api.openai.com/v1", "OpenAI-compatible server that has the teacher", allowed=URL)
+    key_variable: str = setting("OPENAI_API_KEY", "NAME of the environment variable whose key is sent to base_url; empty sends none", False, NAME)
     temperature: float = setting(1.0, "sampling temperature of a served teacher")
     max_new_tokens: int = setting(2048, "longest reply")
     max_side: int = setting(1024, "longer side of the pictures sent, in pixels; larger ones are scaled down")
     max_cost: float = setting(20.0, "stop before all replies, those of earlier runs included, could cost more; 0 sets no limit", shapes=False)
     price_in: float = setting(2.5, "price of a million prompt tokens, in the unit of max_cost (default: gpt-4o in US dollars)", shapes=False)
     price_out: float = setting(10.0, "price of a million reply tokens, in the unit of max_cost (default: gpt-4o in US dollars)", shapes=False)
-    error_rate: float = setting(0.1, "share of its judgements in which the scripted teacher scores a dimension wrongly")
+    error_rate: float = setting(0.1, "share of its judgements in which the scripted teacher scores a dimension wrongly", allowed=(0, 1))
 
 
 @dataclass
 class Rejection(Server):
-    endpoint: str = setting("", "server (vLLM: http://HOST:8000/v1) that has the judge under the name cold_start; empty runs it here", shapes=False)
+    endpoint: str = setting("", "server (vLLM: http://HOST:8000/v1) that has the judge as cold_start; empty runs it here", False, f"({URL})?")
     temperature: float = setting(1.0, "sampling temperature of the judge")
     max_new_tokens: int = setting(2048, "longest completion")
     batch_rows: int = setting(256, "completions decoded together")
@@ -138,26 +145,26 @@ class Rejection(Server):
 
 @dataclass
 class GRPO:
-    mode: str = setting("think", "think or answer (the control without chain of thought)")
-    start: str = setting("rejection_sft", "stage whose checkpoint is trained")
-    data: str = setting("wrong", "samples trained on: wrong (what the judge got wrong, the paper's choice), correct, or pool (all)")
+    mode: str = setting("think", "think or answer (the control without chain of thought)", allowed="think|answer")
+    start: str = setting("rejection_sft", "what is trained: base, cold_start, rejection_sft, direct_sft", allowed="base|cold_start|(rejection|direct)_sft")
+    data: str = setting("wrong", "trained on: wrong (what the judge got wrong: the paper), correct, or pool (all)", allowed="wrong|correct|pool")
     random_order: bool = setting(False, "turn every other pair round: what one judge got wrong has more labels on one side, and that is soon learnt")
     steps: int = setting(500, "rollouts, each followed by updates_per_rollout optimiser steps")
     prompts_per_step: int = setting(64, "prompts per rollout (paper: one on each of 64 GPUs)")
-    group_size: int = setting(8, "completions per prompt, G")
+    group_size: int = setting(8, "completions per prompt, G", allowed=(2, 1e6))
     updates_per_rollout: int = setting(1, "optimiser steps on each rollout; above 1 the clip begins to matter")
     lr: float = setting(1e-6, "peak learning rate")
-    warmup: float = setting(0.03, "share of the steps in which the learning rate rises")
+    warmup: float = setting(0.03, "share of the steps in which the learning rate rises", allowed=(0, 1))
     beta: float = setting(0.04, "weight of the KL penalty to the frozen reference; 0 does without a reference")
-    kl: str = setting("k3", "KL estimator: k1, k2 or k3")
-    clip_low: float = setting(0.2, "the ratio is clipped below 1 - clip_low")
+    kl: str = setting("k3", "KL estimator: k1, k2 or k3", allowed="k[123]")
+    clip_low: float = setting(0.2, "the ratio is clipped below 1 - clip_low", allowed=(0, 1))
     clip_high: float = setting(0.2, "the ratio is clipped above 1 + clip_high")
     scale_by_std: bool = setting(True, "divide advantages by the group's standard deviation; false is Dr. GRPO")
-    normalise: str = setting("rollout", "token (all tokens alike, DAPO), rollout (mean of each rollout's mean, GRPO) or constant (Dr. GRPO)")
+    normalise: str = setting("rollout", "token (DAPO), rollout (mean of means, GRPO) or constant (Dr. GRPO)", allowed="token|rollout|constant")
     format_weight: float = setting(1.0, "weight of the format reward")
     accuracy_weight: float = setting(1.0, "weight of the accuracy reward")
     consistency_weight: float = setting(0.0, "weight of a reward for sums that add up and a verdict that follows from them (not in the paper)")
-    temperature: float = setting(1.0, "sampling temperature; log-probabilities are taken at the same one")
+    temperature: float = setting(1.0, "sampling temperature; log-probabilities are taken at the same one", allowed=(0.01, 100))
     max_new_tokens: int = setting(2048, "longest completion")
     micro_prompts: int = setting(4, "groups per forward pass; changes memory and speed, never the result")
     max_grad_norm: float = setting(1.0, "gradients are scaled down to this norm")
@@ -169,11 +176,11 @@ class GRPO:
 
 @dataclass
 class Evaluate(Server):
-    endpoint: str = setting("", "server (vLLM: http://HOST:8000/v1) of the checkpoints in `served`; empty runs all here", shapes=False)
-    served: str = setting("grpo", "stages, separated by commas, that endpoint serves under these names; the others are run here", shapes=False)
+    endpoint: str = setting("", "server (vLLM: http://HOST:8000/v1) of the checkpoints in `served`; empty runs all here", False, f"({URL})?")
+    served: str = setting("grpo", "stages, with commas between, that endpoint serves by these names; others run here", False, f"{STAGE}(,{STAGE})*")
     max_new_tokens: int = setting(2048, "longest completion")
     batch_rows: int = setting(256, "completions decoded together")
-    test_pairs: int = setting(0, "pairs per task used of each split; 0 takes all")
+    test_pairs: int = setting(0, "pairs per task used of each split; 0 takes all", allowed=(0, 1e12))
 
 
 @dataclass
@@ -198,19 +205,18 @@ def set_value(settings: Settings, name: str, value, source: str) -> None:
     if name not in known:
         near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
         raise UserError(f"{source}: unknown setting {name!r}; did you mean {near!r}?")
-    kind = known[name].type
-    if isinstance(value, str) and kind is not str and source.startswith("--"):
-        try:
+    kind, help, allowed = known[name].type, known[name].metadata["help"], known[name].metadata["allowed"]
+    least, most = (allowed or (int(kind is int), 1e12)) if kind in (int, float) else (False, True)
+    takes = {str: f"str: {help}", bool: "true or false"}.get(kind, f"a number ({kind.__name__}) from {least:g} to {most:g}")
+    try:
+        if isinstance(value, str) and kind is not str and source.startswith("--"):
             value = {"true": True, "false": False}[value.lower()] if kind is bool else kind(value)
-        except (KeyError, ValueError):
-            raise UserError(f"{source}: {name} takes {'true or false' if kind is bool else f'a number ({kind.__name__})'}, not {value!r}")
-    if kind is float and type(value) is int:
-        value = float(value)
-    if type(value) is not kind:
-        raise UserError(f"{source}: {name} takes {kind.__name__}, not {value!r}")
-    least = 1 if re.search("concurrency|frames|pixels|side|batch|tokens|group_size|prompts_per_step|micro", name) else 0
-    if kind in (int, float) and not value >= least and name != "run.seed":
-        raise UserError(f"{source}: {name} is at least {least}, not {value!r}")
+        value = float(value) if kind is float and type(value) is int else value
+        fits = type(value) is kind and (re.fullmatch(allowed or "(?s:.*)", value) if kind is str else least <= value <= most)
+    except (KeyError, ValueError, OverflowError):
+        fits = False
+    if not fits:  # a wrong text is not repeated: it may be a key
+        raise UserError(f"{source}: {name} takes {takes}" + f"; {value!r} is none" * (kind is not str))
     section, key = name.split(".")
     setattr(getattr(settings, section), key, value)
 
@@ -221,7 +227,7 @@ def load_settings(config: str, overrides: list) -> Settings:
     if not path.is_file():
         raise UserError(f"no settings file {path}; configs/ has {', '.join(sorted(p.stem for p in (ROOT / 'configs').glob('*.toml')))}")
     try:
-        table = tomllib.loads(path.read_text(encoding="utf-8"))
+        table = tomllib.loads(read_text(path))
     except tomllib.TOMLDecodeError as error:
         raise UserError(f"{path}: {error}")
     settings = Settings()
@@ -270,18 +276,23 @@ def fingerprint(stage: str, settings: Settings) -> str:
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
 
 
+def done(stage: str, out: Path) -> dict:
+    """What done.json says of a finished stage; empty where it is missing or damaged, and the stage is to be run again."""
+    try:
+        return dict(json.loads((out / stage / "done.json").read_text(encoding="utf-8")))
+    except (FileNotFoundError, ValueError, TypeError):
+        return {}
+
+
 def made_by(stage: str, out: Path) -> str | None:
     """Names the run of a stage that its folder holds; None if it is not finished. A repeated stage gets a new name."""
-    file = out / stage / "done.json"
-    return json.loads(file.read_text())["id"] if file.is_file() else None
+    return done(stage, out).get("id")
 
 
 def is_done(stage: str, settings: Settings, out: Path) -> bool:
     """Finished, with these settings, from what its inputs hold now."""
-    if not made_by(stage, out):
-        return False
-    done = json.loads((out / stage / "done.json").read_text())
-    return done["fingerprint"] == fingerprint(stage, settings) and done["inputs"] == [made_by(s, out) for s in STAGES[stage][1]]
+    facts = {"fingerprint": fingerprint(stage, settings), "inputs": [made_by(s, out) for s in STAGES[stage][1]]}
+    return facts.items() <= done(stage, out).items()
 
 
 def plan(targets: list) -> list:
@@ -310,11 +321,13 @@ def do_stage(stage: str, settings: Settings, out: Path, command: str) -> None:
     torch.manual_seed(int.from_bytes(hashlib.sha256(f"{settings.run.seed}/{stage}".encode()).digest()[:4], "big"))
     made = importlib.import_module(script).run(stage, settings, folder)
     resolved = {section: dataclasses.asdict(getattr(settings, section)) for section in ["run", *sections]}
-    done = {"id": f"{stage} {time.time_ns()}", "inputs": [made_by(s, out) for s in inputs], "fingerprint": fingerprint(stage, settings),
+    for file in filter(Path.is_file, folder.iterdir()):
+        flush(file)  # rows and weights are on the disk before done.json says so
+    facts = {"id": f"{stage} {time.time_ns()}", "inputs": [made_by(s, out) for s in inputs], "fingerprint": fingerprint(stage, settings),
             "made": made, "seconds": round(time.time() - started, 1), "settings": resolved}
-    write_text(folder / "done.json", json.dumps(done, indent=1))
+    write_text(folder / "done.json", json.dumps(facts, indent=1))
     wait_for_all()
-    print(f"   {made} ({done['seconds']:.0f} s) -> {folder}", flush=True)
+    print(f"   {made} ({facts['seconds']:.0f} s) -> {folder}", flush=True)
 
 
 def world() -> tuple:
@@ -344,9 +357,9 @@ def leave_processes() -> None:
         distributed().destroy_process_group()
 
 
-def give_up(error: UserError) -> None:
+def give_up(error: str) -> None:
     """Ends this process; torchrun then ends the others. What several processes meet is said once, by the first."""
-    if world()[1] == 1 or distributed().distributed_c10d._get_default_store().add(str(error), 1) == 1:
+    if world()[1] == 1 or distributed().distributed_c10d._get_default_store().add(error, 1) == 1:
         print(f"error: {error}", file=sys.stderr, flush=True)
     sys.exit(2)
 
@@ -378,65 +391,94 @@ def checkpoint(stage: str, settings: Settings, out: Path) -> str:
     return str(out / stage)
 
 
-def main(default_stage: str) -> None:
-    """Entry point of every script: reads the command line, then runs the stage and what it needs."""
-    import __main__
+def one_line(text) -> str:
+    """`text` as it can stand in a terminal: no line breaks, control characters or halves of characters, which a file's name or a row may hold."""
+    return "".join(c if c.isprintable() else " " for c in " ".join(str(text).split()))[:2000]
 
-    arguments, options, overrides = sys.argv[1:], {}, []
-    flags = {"force": False, "help": False}
+
+def main(default_stage: str, commands=None) -> None:
+    """Entry point of every script: runs a command, {its name: function of the arguments after it}, or the stage and what it needs. A mistake of the
+    user's and a fault of the machine's disk or memory are one line on stderr; --debug shows where they came up."""
+    arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
     try:
         join_processes()
-        if default_stage == "data" and arguments[:1] == ["inspect"]:
-            return importlib.import_module("report").inspect(arguments[1:])
-        while arguments:
-            name = arguments.pop(0)
-            if name in ("-h", "--help", "--force"):
-                flags["force" if name == "--force" else "help"] = True
-                continue
-            if not name.startswith("--"):
-                raise UserError(f"unexpected argument {name!r}; settings are given as --section.key value")
-            name, equals, value = name[2:].partition("=")
-            if not equals:
-                if not arguments:
-                    raise UserError(f"--{name} needs a value")
-                value = arguments.pop(0)
-            if "." in name:
-                overrides.append((name, value))
-            elif name in ("config", "stage", "out"):
-                options[name] = value
-            else:
-                raise UserError(f"unknown option --{name}; options are --config, --stage, --out, --force, --help and --section.key")
-        if flags["help"]:
-            return print(help_text(__main__.__doc__))
-        if "config" not in options:
-            raise UserError("say which settings: --config small (or a path to a .toml file); --help lists everything")
-        stage = options.get("stage", default_stage)
-        script = STAGES[default_stage][0]
-        allowed = [name for name, entry in STAGES.items() if entry[0] == script]
-        if stage not in allowed:
-            raise UserError(f"--stage {stage}: {script}.py runs {', '.join(allowed)}")
-        settings = load_settings(options["config"], overrides)
-        importlib.import_module("model").limits = settings.data
-        out = Path(options.get("out", ROOT / "runs" / Path(options["config"]).stem)).resolve()
-        command = " ".join([f"--config {options['config']}"] + [f"--{n} {v}" for n, v in overrides] + ([f"--out {options['out']}"] if "out" in options else []))
-        whole = stage in ("grpo", "evaluate")  # the last stages of the paper: end with the table
-        for step in plan(["data", stage, "evaluate"] if whole else [stage]):
-            if not is_done(step, settings, out) or (flags["force"] and step == stage):
-                do_stage(step, settings, out, command)
-            if whole:  # a chain that takes minutes shows early what each stage did
-                importlib.import_module("evaluate").after(step, settings, out)
-        if whole:
-            print("\n" + (out / "evaluate" / "table.txt").read_text())
-        print(f"report: {out / 'evaluate' / 'report.html'}" if whole else f"{stage} is ready in {out / stage}")
+        commands[arguments[0]](arguments[1:]) if arguments and arguments[0] in (commands or {}) else run_stages(default_stage, arguments)
         leave_processes()
-    except UserError as error:
-        give_up(error)
     except KeyboardInterrupt:
         print("\ninterrupted: finished stages are kept; the same command goes on from the one that was running", file=sys.stderr)
         sys.exit(130)
+    except (UserError, OSError, MemoryError, SafetensorError, UnicodeEncodeError) as error:
+        if "--debug" in sys.argv:
+            traceback.print_exc()
+        after = "" if isinstance(error, UserError) else "; what was finished is kept, and the same command goes on (--debug says where this was)"
+        give_up(one_line(str(error) or type(error).__name__) + after)
+
+
+def run_stages(default_stage: str, arguments: list) -> None:
+    import __main__
+
+    if default_stage == "data" and arguments[:1] == ["inspect"]:
+        return importlib.import_module("report").inspect(arguments[1:])
+    options, overrides = {}, []
+    while arguments:
+        name, equals, value = arguments.pop(0).partition("=")
+        if name in ("-h", "--help", "--force"):
+            options[name] = True
+            continue
+        if not name.startswith("--"):
+            raise UserError(f"unexpected argument {name!r}; settings are given as --section.key value")
+        if not equals and not arguments:
+            raise UserError(f"{name} needs a value")
+        value = value if equals else arguments.pop(0)
+        if "." in name:
+            overrides.append((name[2:], value))
+        elif name in ("--config", "--stage", "--out"):
+            options[name] = value
+        else:
+            raise UserError(f"unknown option {name}; options are --config, --stage, --out, --force, --help, --debug and --section.key")
+    if "--help" in options or "-h" in options:
+        return print(help_text(__main__.__doc__))
+    if "--config" not in options:
+        raise UserError("say which settings: --config small (or a path to a .toml file); --help lists everything")
+    stage = options.get("--stage", default_stage)
+    script = STAGES[default_stage][0]
+    allowed = [name for name, entry in STAGES.items() if entry[0] == script]
+    if stage not in allowed:
+        raise UserError(f"--stage {stage}: {script}.py runs {', '.join(allowed)}")
+    settings = load_settings(options["--config"], overrides)
+    importlib.import_module("model").limits = settings.data
+    out = Path(options.get("--out", ROOT / "runs" / Path(options["--config"]).stem)).resolve()
+    command = " ".join([f"--config {options['--config']}"] + [f"--{n} {v}" for n, v in overrides] + ([f"--out {options['--out']}"] if "--out" in options else []))
+    whole = stage in ("grpo", "evaluate")  # the last stages of the paper: end with the table
+    out.mkdir(parents=True, exist_ok=True)
+    with open(out / f"lock{os.environ.get('RANK', '0')}", "w") as lock:  # the system lets go of it when the process ends, however that ends
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"another process is at work in {out}: wait for it, or give another --out")
+        for step in plan(["data", stage, "evaluate"] if whole else [stage]):
+            if not is_done(step, settings, out) or ("--force" in options and step == stage):
+                do_stage(step, settings, out, command)
+            if whole:  # a chain that takes minutes shows early what each stage did
+                importlib.import_module("evaluate").after(step, settings, out)
+    if whole:
+        print("\n" + (out / "evaluate" / "table.txt").read_text())
+    print(f"report: {out / 'evaluate' / 'report.html'}" if whole else f"{stage} is ready in {out / stage}")
 
 
 # ------------------------------------------------------------------------------------------------------------- small tools
+
+
+def read_text(path) -> str:
+    try:
+        return Path(path).read_text(encoding="utf-8-sig")
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read {path}: {error}")
+
+
+def flush(path: Path) -> None:
+    with open(path) as file:
+        os.fsync(file.fileno())
 
 
 def write_text(path: Path, text: str) -> None:
@@ -445,6 +487,7 @@ def write_text(path: Path, text: str) -> None:
         return
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text(text, encoding="utf-8")
+    flush(temporary)
     temporary.replace(path)
 
 

@@ -333,19 +333,22 @@ def infer_task(text: str, video: bool) -> str:
 def read_rows(path, read, choose=None, bad: list | None = None, label: str = "") -> list:
     """[read(row, folder of the file)] of a JSON lines file or a JSON list. `choose` picks among the rows; `bad` takes what is wrong with which
     line of the file, without it the first such row is fatal."""
+    text = config.read_text(path)
     try:
-        text = Path(path).read_text(encoding="utf-8-sig")
         listed = json.loads(text) if text.lstrip().startswith("[") else None
-    except (OSError, ValueError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise config.UserError(f"cannot read {path}: {error}")
     lines = text.split("\n") if listed is None else listed  # splitlines would cut at U+2028 too
     rows = [(f"{'line' if listed is None else 'row'} {number}", line) for number, line in enumerate(lines, 1) if listed or line.strip()]
     made, rows = [], choose(rows) if choose else rows
     for place, row in config.progress(rows, label) if label else rows:
         try:
-            made.append(read(json.loads(row) if listed is None else row, Path(path).parent))
+            value = json.loads(row) if listed is None else row
+            json.dumps(value, ensure_ascii=False).encode()  # half a surrogate pair could be neither tokenised nor written again
+            made.append(read(value, Path(path).parent))
         except (KeyError, ValueError, TypeError, IndexError, AttributeError, OSError, RecursionError, config.UserError) as error:
-            said = f"{path}, {place}: {error if type(error) in (ValueError, config.UserError) else f'{type(error).__name__}: {error}'}"
+            kind = "" if type(error) in (ValueError, config.UserError) else f"{type(error).__name__}: "
+            said = config.one_line(f"{path}, {place}: {kind}{error}")
             if bad is None:
                 raise config.UserError(said)
             bad.append(said)
@@ -422,10 +425,15 @@ def fit_clips(clips: list, frames: int = 8, pair_frames: int = 8) -> list:
     return [shown(clip) for clip in clips]
 
 
-def usable(sample: Sample, own: config.Data) -> Sample:
-    """The pair, its videos fitted; ValueError or UserError says why it is of no use. All media are decoded: better here than hours later."""
+def usable(row: dict, folder: Path, own: config.Data) -> Sample:
+    """The pair of a row, its videos fitted; ValueError or UserError says why it is of no use. All media are decoded: better here than hours later.
+    A row written by a stranger shows nothing from outside own.media_within (or the folder its paths begin at), wherever `..` and links lead."""
     import model as M
 
+    root = Path(os.path.realpath(own.image_root or folder))
+    sample, within = row_sample(row, root), os.path.realpath(own.media_within or root)
+    if any(len(pair) != 2 for pair in [*sample.scores.values(), *sample.reasons.values()]):
+        raise ValueError("scores and reasons hold a pair for each dimension")
     allowed, media, texts = list(verdict_strings(sample.task).values()), 2 if is_generation(sample.task) else 1, [sample.prompt] + sample.answers
     if type(sample.label) is not int or sample.label not in allowed:
         raise ValueError(f"the label (or the verdict in its place) is {sample.label!r}; {sample.task} has {', '.join(map(str, allowed))}")
@@ -433,8 +441,12 @@ def usable(sample: Sample, own: config.Data) -> Sample:
         raise ValueError(f"{len(sample.media)} media; {sample.task} has {media}")
     if not sample.problem and (len(texts) != 5 - 2 * media or not all(isinstance(text, str) and text.strip() for text in texts)):
         raise ValueError("the prompt is empty, or there are not two answers with text in them (generation: none)")
-    "".join([sample.id, sample.problem, sample.response, *texts]).encode()  # half an emoji can be neither shown nor saved
+    if (length := len("".join(texts) + sample.problem)) > 100_000:  # whether it fits the model is seen when it is tokenised
+        raise ValueError(f"{length} characters of text; at most 100000 are taken")
     sample.media = fit_clips(sample.media, own.frames, own.pair_frames) if is_video(sample.task) else sample.media
+    for file in sum(map(flat, sample.media), []):
+        if not Path(os.path.realpath(re.sub("#[0-9]+of[0-9]+$", "", file))).is_relative_to(within):
+            raise ValueError(f"{file} lies outside of {within}; if that is meant, name a folder around both in data.media_within")
     for item in sample.media:
         if len({M.read_image(file).size for file in (item if is_video(sample.task) else [item])}) > 1:
             raise ValueError(f"the frames of {item[0]} ... differ in size")
@@ -448,8 +460,8 @@ def write_sources(split: str, settings: config.Settings, out: Path) -> dict:
         path, strategy = re.fullmatch(r"(.+?)(?:@(all|(?:first|end|random):[0-9]+|[0-9]+%))?", source).groups("all")
         if not Path(path).is_file():
             raise config.UserError(f"data.{split}: no file {path}; a source is PATH, PATH@all, PATH@first:N, PATH@end:N, PATH@random:N or PATH@N%")
-        read, before = lambda row, folder: usable(row_sample(row, Path(own.image_root or folder).resolve()), own), len(samples)
-        samples += read_rows(path, read, lambda rows: config.pick(rows, strategy, rng), bad, f"{split}: {path}")
+        read, choose, before = lambda row, folder: usable(row, folder, own), lambda rows: config.pick(rows, strategy, rng), len(samples)
+        samples += read_rows(path, read, choose, bad, f"{split}: {path}")
         print(f"   {split}: {len(samples) - before} pairs from {source}", flush=True)
     print("".join(f"   bad row: {line}\n" for line in bad), end="", flush=True)
     kept = [sample for sample in samples if sample.label != 0]

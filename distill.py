@@ -183,7 +183,7 @@ def message_parts(parts: list, max_side: int, trained_here: bool) -> list:
     pixels a side. A clip goes as its frames, one picture each; to a model trained here as one video, in the form vLLM reads frames."""
     made = []
     for part in parts:
-        pictures = []
+        part, pictures = part | {"text": part.get("text", "").replace("<|", "< |")}, []  # else a server would read "<|im_end|>" as the end of a turn
         for path in data.to_text([part])[1]:
             image, buffer = M.read_image(path), io.BytesIO()
             image.thumbnail((max_side, max_side))

@@ -17,6 +17,7 @@ three-way accuracy, tau_calibrated = three-way accuracy when totals closer than 
 
 import argparse
 import csv
+import functools
 import hashlib
 import json
 import math
@@ -349,12 +350,9 @@ def choose_model(options) -> tuple:
         raise config.UserError(f"--model {source}: no such folder, and no hub name")
     if min(options.max_new_tokens, options.batch_rows, votes + 1) < 1 or (options.endpoint and (votes or not options.model)):
         raise config.UserError("--max-new-tokens and --batch-rows are 1 or more, --votes 0 or more; --endpoint has no votes and needs --model NAME")
-    try:
-        template = Path(file).read_text(encoding="utf-8") if file else ""
-        if file and not template.strip():
-            raise ValueError("it is empty")
-    except (OSError, ValueError) as error:
-        raise config.UserError(f"cannot read --prompt-file {file}: {error}")
+    template = config.read_text(file) if file else ""
+    if file and not template.strip():
+        raise config.UserError(f"--prompt-file {file} is empty")
     style = options.style or ("short" if Path(source, "done.json").is_file() or Path(source, "figures.json").is_file() else "full")
     print(f"model: {source} ({style} prompts)", file=sys.stderr)
     own = config.Evaluate(max_new_tokens=options.max_new_tokens, batch_rows=options.batch_rows, key_variable=options.key_variable)
@@ -443,18 +441,13 @@ COMMANDS = {  # name: (function, options as argparse takes them)
 def command_line(command: str, arguments: list) -> None:
     def refuse(message):
         raise config.UserError(message)
-    config.join_processes()
     run_command, options = COMMANDS[command]
     parser = argparse.ArgumentParser(prog=f"evaluate.py {command}", description=run_command.__doc__, allow_abbrev=False)
     parser.error = refuse
     for name, how in options.items():
         parser.add_argument(name, **how)
     run_command(parser.parse_intermixed_args(arguments))
-    config.leave_processes()
 
 
 if __name__ == "__main__":
-    try:
-        command_line(sys.argv[1], sys.argv[2:]) if sys.argv[1:2] and sys.argv[1] in COMMANDS else config.main("evaluate")
-    except config.UserError as error:
-        config.give_up(error)
+    config.main("evaluate", {name: functools.partial(command_line, name) for name in COMMANDS})

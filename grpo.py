@@ -150,8 +150,6 @@ def update(model, processor, optimizer, prompts: list, made: M.Completions, adva
 
 def training_samples(own: config.GRPO, out: Path) -> list:
     files = {"wrong": "rejection/wrong.jsonl", "correct": "rejection/correct.jsonl", "pool": "data/pool.jsonl"}
-    if own.data not in files:
-        raise config.UserError(f"data is {', '.join(files)}, not {own.data!r}")
     samples = data.read_samples(out / files[own.data])
     if not samples:
         raise config.UserError(f"{out / files[own.data]} is empty: there is nothing to train on")

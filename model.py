@@ -19,9 +19,11 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 import transformers
+from jinja2 import TemplateError
 from PIL import Image, ImageOps, ImageSequence
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
+from safetensors import SafetensorError
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer
 from transformers.cache_utils import Cache, DynamicLayer
@@ -39,6 +41,7 @@ SENTINEL = "\ue000"  # stands for one piece of user text while the chat template
 BACKBONES = ("qwen2_5_vl", "qwen3_vl", "llava_onevision")
 LANGUAGE_WEIGHTS = ("model.language_model.", "lm_head.")
 VISION_WEIGHTS = ("model.visual.", "model.vision_tower.", "model.multi_modal_projector.", "model.image_newline")
+SAFE = {"trust_remote_code": False, "use_safetensors": True}  # a checkpoint is data: neither its code nor its pickles are run
 KEPT_FILES = ("processor_config.json", "video_preprocessor_config.json", "chat_template.json")  # of a real checkpoint, for other programs
 
 
@@ -68,19 +71,23 @@ def load(path: str, dtype: torch.dtype | None = None, shard: bool = False) -> tu
         raise config.UserError(f"no model folder {path}")
     gpu, optional = torch.cuda.is_available(), {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
     try:
-        kind = AutoConfig.from_pretrained(path)
+        kind = AutoConfig.from_pretrained(path, trust_remote_code=False)
         if kind.model_type not in BACKBONES:
             raise config.UserError(f"{path} is a {kind.model_type}; this project runs {', '.join(BACKBONES)}")
         dtype, shard = dtype or (torch.bfloat16 if gpu and kind.text_config.hidden_size >= 512 else torch.float32), shard and config.world()[1] > 1
         model, report = AutoModelForImageTextToText.from_pretrained(path, dtype=torch.float32 if shard else dtype, attn_implementation="sdpa",
-                                                                    output_loading_info=True)
+                                                                    output_loading_info=True, **SAFE)
         files = {name: Path(file).read_text(encoding="utf-8") for name in KEPT_FILES if (file := cached_file(path, name, **optional))}
-        tokenizer, image_processor = AutoTokenizer.from_pretrained(path), AutoImageProcessor.from_pretrained(path, backend="pil")  # no torchvision
-    except (OSError, ValueError) as error:
-        raise config.UserError(f"cannot load {path}: {str(error).strip().splitlines()[0]}")
-    tokenizer.chat_template = tokenizer.chat_template or json.loads(files.get("chat_template.json", "{}")).get("chat_template")
-    if report["missing_keys"] or not tokenizer.chat_template:
-        raise config.UserError(f"{path} lacks {', '.join(sorted(report['missing_keys'])[:1]) or 'a chat template'}; is the folder complete?")
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+        image_processor = AutoImageProcessor.from_pretrained(path, backend="pil", trust_remote_code=False)  # no torchvision
+        tokenizer.chat_template = tokenizer.chat_template or json.loads(files.get("chat_template.json", "{}")).get("chat_template")
+        rendered_template(tokenizer, ("text",))
+    except (OSError, ValueError, TypeError, LookupError, AttributeError, RuntimeError, SafetensorError, TemplateError) as error:
+        raise config.UserError(f"cannot load {path}: {config.one_line(error)[:200]}")
+    if report["missing_keys"]:
+        raise config.UserError(f"{path} lacks {min(report['missing_keys'])}; is the folder complete?")
+    if not model.config.image_token_id < len(tokenizer) <= model.get_input_embeddings().num_embeddings:
+        raise config.UserError(f"{path}: the tokenizer has {len(tokenizer)} entries and is not that of the model")
     if kind.model_type == "llava_onevision":
         model.model.register_forward_pre_hook(llava_inputs, with_kwargs=True)
     model = spread(model, dtype) if shard else model.to("cuda" if gpu else "cpu")
@@ -171,7 +178,7 @@ def tokenize(tokenizer, text: str, plain: bool) -> list:
     """`plain`: strings such as <|im_end|> in user text are spelled out, never read as control tokens."""
     core = tokenizer.backend_tokenizer
     core.encode_special_tokens = plain
-    return core.encode(text, add_special_tokens=False).ids
+    return core.encode(text.encode("utf-8", "replace").decode(), add_special_tokens=False).ids  # half a surrogate pair, from a terminal, becomes "?"
 
 
 def encode(processor: Processor, model, parts: list, prefix: str = "", response: str | None = None) -> dict:
@@ -202,6 +209,8 @@ def encode(processor: Processor, model, parts: list, prefix: str = "", response:
     prompt_length = len(ids) + len(tail)
     if response is not None:
         tail = tail + tokenize(tokenizer, response, plain=True) + [tokenizer.eos_token_id]
+    if len(ids + tail) > (most := model.config.text_config.max_position_embeddings):
+        raise config.UserError(f"{len(ids + tail)} tokens, and the model takes {most}: {[part['text'][:80] for part in parts if 'text' in part]}")
     ids, types = torch.tensor(ids + tail), torch.tensor([kinds.get(token, 0) for token in ids + tail])
     grids, patches = ({k: join(found) if found else None for k, found in made.items()} for made, join in ((grids, torch.stack), (patches, torch.cat)))
     positions = torch.arange(len(ids)).expand(3, -1)
@@ -447,6 +456,7 @@ def llava_inputs(module, args, inputs: dict) -> tuple:
 
 limits = config.Data()  # pixels and frames of what is shown in this process; config.main puts the run's own here
 MAX_FRAMES, VIDEO_FILES = 10_000, (".mp4", ".webm", ".mov", ".mkv", ".avi", ".m4v")  # five minutes at 30 a second; read by PyAV
+MAX_PIXELS, FORMATS = 2**26, ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")  # others may start programs (EPS: Ghostscript)
 BROKEN = (OSError, ValueError, TypeError, LookupError, ArithmeticError, RuntimeError, SyntaxError, EOFError, struct.error, Image.DecompressionBombError)
 
 
@@ -468,12 +478,15 @@ def frames_of(path: str, wanted=()):
         if video:
             import av
             broken += (av.FFmpegError,)
-        with av.open(path) if video else Image.open(path) as file:
-            if not video and (max(file.size) > 200 * min(file.size) or file.mode == "F"):  # the image processors, too, refuse such sides
-                raise ValueError(f"{file.width} x {file.height} pixels of mode {file.mode}; no side may be over 200 times the other, nor pixels floats")
+        if not Path(path).is_file():  # a device or a pipe would be read for ever
+            raise ValueError("there is no such file")
+        with av.open(path) if video else Image.open(path, formats=FORMATS) as file:
+            size = (file.streams.video[0].width, file.streams.video[0].height) if video else file.size
+            if size[0] * size[1] > MAX_PIXELS or max(size) > 200 * min(size) or not video and file.mode == "F":  # image processors refuse such sides
+                raise ValueError(f"{size[0]} x {size[1]} pixels; at most {MAX_PIXELS}, no side over 200 times the other, and no floats as pixels")
             for k, frame in enumerate(file.decode(video=0) if video else ImageSequence.Iterator(file)):
-                if k == MAX_FRAMES:
-                    raise ValueError(f"more than {MAX_FRAMES} frames; cut it, or give a list of frames")
+                if k == MAX_FRAMES or not video and k * size[0] * size[1] > 100 * MAX_PIXELS:
+                    raise ValueError(f"more than {MAX_FRAMES} frames, or too many pixels in them; cut it, or give a list of frames")
                 yield None if k not in wanted else to_rgb(frame.to_image() if video else frame)
     except ImportError:
         raise config.UserError(f"{path}: video files need PyAV (pip install av); folders of frames and animated GIF, WebP and PNG do not")
@@ -492,7 +505,7 @@ def read_clip(path: str, count: int, max_pixels: int) -> tuple:
 
 def read_image(path: str) -> Image.Image:
     """An image file, or a frame of a clip: "clip.gif#3of8" is the third of eight spread evenly over it."""
-    frame = re.fullmatch(r"(.+)#([0-9]+)of([0-9]+)", path)
+    frame = (found := re.fullmatch(r"(.+)#([0-9]{1,5})of([0-9]{1,5})", path)) and 0 < int(found[2]) <= int(found[3]) and found
     if not frame and path.lower().endswith(VIDEO_FILES):
         raise config.UserError(f"{path} is a video where an image belongs")
     return read_clip(frame[1], int(frame[3]), limits.max_pixels)[0][int(frame[2]) - 1] if frame else next(frames_of(path, (0,)))

@@ -299,11 +299,10 @@ def contact_sheet(samples: list, file: str) -> None:
 def inspect(arguments: list) -> None:
     """`python data.py inspect PATH`: bad rows; pairs, labels and median and longest text (in characters) per task; the first dozen as pictures."""
     options, bad = dict(zip(arguments[1::2], arguments[2::2])), []
-    file, root = options.pop("--sheet", "contact_sheet.png"), options.pop("--image-root", None)
+    file, own = options.pop("--sheet", "contact_sheet.png"), config.Data(image_root=options.pop("--image-root", ""), media_within=options.pop("--media-within", ""))
     if options or len(arguments) % 2 == 0 or not Path(file).resolve().parent.is_dir():
-        raise config.UserError("python data.py inspect PATH [--sheet FILE.png, in a folder that exists] [--image-root FOLDER]")
-    read = lambda row, folder: data.usable(data.row_sample(row, Path(root or folder).resolve()), config.Data())
-    samples = data.read_rows(arguments[0], read, bad=bad, label="reading")
+        raise config.UserError("python data.py inspect PATH [--sheet FILE.png, in a folder that exists] [--image-root FOLDER] [--media-within FOLDER]")
+    samples = data.read_rows(arguments[0], lambda row, folder: data.usable(row, folder, own), bad=bad, label="reading")
     print("".join(f"bad row: {line}\n" for line in bad) + f"{arguments[0]}: {len(samples)} pairs, {len(bad)} bad rows")
     print(f"{'':<20}" + "".join(f"{head:>10}" for head in ("pairs", "first", "second", "ties", "prompt", "longest", "answer", "longest")))
     for task in dict.fromkeys(sample.task for sample in samples):
@@ -318,5 +317,5 @@ def inspect(arguments: list) -> None:
 
 if __name__ == "__main__":
     if len(sys.argv) != 2 or not Path(sys.argv[1]).is_dir():
-        sys.exit("usage: python report.py RUN_FOLDER")
+        sys.exit(print("error: python report.py RUN_FOLDER", file=sys.stderr) or 2)
     print(write(Path(sys.argv[1])))

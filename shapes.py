@@ -442,6 +442,8 @@ def build_small(settings: config.Model, tokenizer) -> tuple:
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
     ids = {name: tokenizer.convert_tokens_to_ids(token) for name, token in zip(("vision_start", "vision_end", "image", "video"), M.VISION)}
+    if settings.hidden_size % (2 * settings.heads) or settings.vision_hidden_size % 16:
+        raise config.UserError("model.hidden_size has to be a multiple of 2 * model.heads, model.vision_hidden_size of 16")
     half = settings.hidden_size // settings.heads // 2
     width, vision = settings.hidden_size, settings.vision_hidden_size
     model = Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(
