@@ -134,7 +134,7 @@ FILES = {  # what a row shows: (what makes it, what the one line says)
     "a device": ([link("l.png", "/dev/zero"), row_of("0.png", "l.png")], "lies outside of"),
     "a pipe": ([lambda folder: os.mkfifo(folder / "p.png"), row_of("0.png", "p.png")], "no such file"),
     "NUL in a name": ([row_of("0.png", "a\x00.png")], "null"),
-    "a name of 5000 characters": ([row_of("0.png", "a" * 5000)], "name too long|no such file"),
+    "a name of 5000 characters": ([row_of("0.png", "a" * 5000)], "cannot read"),
     "sides of 60000": ([header("x.png", 60_000, 60_000), row_of("0.png", "x.png")], "pixels"),
     "sides of 9000": ([header("x.png", 9000, 9000), row_of("0.png", "x.png")], "at most"),
     "a side of two thousand million": ([header("x.png", 2**31 - 1, 1), row_of("0.png", "x.png")], "pixels"),
@@ -377,11 +377,11 @@ def fuzz(seconds: float, folder: Path) -> str:
                             (lambda value: rows(value, folder), [row]), (lambda words: text_file(words, folder), [text])):
             name = ("parser, any text", "parser, a judgement", "rows", "files and settings")[number % 4]
 
-            def one(*drawn):
+            def one(drawn):
                 counts[name] = counts.get(name, 0) + 1
                 check(*drawn)
 
-            seed(number)(settings(max_examples=100, database=None, deadline=None, suppress_health_check=list(HealthCheck))(given(*made)(one)))()
+            seed(number)(settings(max_examples=100, database=None, deadline=None, suppress_health_check=list(HealthCheck))(given(st.tuples(*made))(one)))()
             number += 1
     return f"{seconds:.0f} s: " + ", ".join(f"{name} {count}" for name, count in counts.items()) + "; no crash, no wrong verdict"
 
