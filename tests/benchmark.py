@@ -237,9 +237,9 @@ def train_trl(world: dict, policy, rounds: int, between) -> list:
         output_dir=str(world["out"] / "trl"), max_steps=rounds, per_device_train_batch_size=len(samples) * own.group_size // pieces,
         gradient_accumulation_steps=pieces, num_generations=own.group_size, max_completion_length=own.max_new_tokens, learning_rate=own.lr,
         adam_beta2=0.99, weight_decay=0.0, max_grad_norm=own.max_grad_norm, beta=own.beta, epsilon=own.clip_low, temperature=own.temperature,
-        top_p=1.0, top_k=0, loss_type="grpo", scale_rewards="group", use_bias_correction_kl=False, bf16=False, gradient_checkpointing=own.gradient_checkpointing,
-        remove_unused_columns=False, use_cpu=not GPU, report_to=[], save_strategy="no", logging_strategy="no", disable_tqdm=True,
-        dataloader_pin_memory=False,
+        top_p=1.0, top_k=0, loss_type="grpo", scale_rewards="group", use_bias_correction_kl=False, bf16=False, use_cpu=not GPU,
+        gradient_checkpointing=own.gradient_checkpointing, remove_unused_columns=False, dataloader_pin_memory=False,
+        report_to=[], save_strategy="no", logging_strategy="no", disable_tqdm=True,
         generation_kwargs={"suppress_tokens": M.banned_ids(policy, processor.tokenizer).tolist()})
     seconds, started, sampling = [], [0.0], [0.0]
     tokens = sum(len(prompt["ids"]) for prompt in world["encode"]()) * own.group_size
@@ -521,8 +521,9 @@ def main() -> None:
         os.environ["BENCHMARK_CPU_TIME"], given.threads = "1", 1
     started, load = time.time(), os.getloadavg()[0]
     trl = trl_version() or "is missing (pip install trl adds its column)"
-    print(f"torch {torch.__version__}, transformers {transformers.__version__}, TRL {trl}; {'CPU seconds' if given.cpu_time else 'seconds'}; load at "
-          f"the start {load:.1f} on {os.cpu_count()} cores{' (NOT QUIET)' if load > 0.4 else ''}{'' if GPU else '; not measured on a GPU'}", flush=True)
+    print(f"torch {torch.__version__}, transformers {transformers.__version__}, TRL {trl}; {'CPU seconds' if given.cpu_time else 'seconds'}; "
+          f"load at the start {load:.1f} on {os.cpu_count()} cores{' (NOT QUIET)' if load > 0.4 else ''}{'' if GPU else '; not measured on a GPU'}",
+          flush=True)
     if given.real:
         real_table(given.real)
     for name in [] if given.real else given.only or (["small", "processes"] if given.quick else parts):
