@@ -19,7 +19,6 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import pytest
-import torch
 from PIL import Image
 from tokenizers import AddedToken
 
@@ -29,7 +28,6 @@ import distill
 import evaluate
 import model as M
 import report
-import shapes
 from test_backbones import write_release
 from test_faults import BASE, model as copy_of_base, pair
 
