@@ -121,7 +121,7 @@ class Server:  # how a served model is asked (distill.ask)
 @dataclass
 class Distill(Server):
     teacher: str = setting("scripted", "scripted, or the name of a served model (paper: gpt-4o)")
-    base_url: str = setting("https://api.openai.com/v1", "OpenAI-compatible server that has the teacher", allowed=URL)
+    base_url: str = setting("https://api.openai.com/v1", "OpenAI-compatible server of the teacher, https://HOST/v1, no password in it", allowed=URL)
     key_variable: str = setting("OPENAI_API_KEY", "NAME of the environment variable whose key is sent to base_url; empty sends none", False, NAME)
     temperature: float = setting(1.0, "sampling temperature of a served teacher")
     max_new_tokens: int = setting(2048, "longest reply")
