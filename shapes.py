@@ -295,7 +295,7 @@ def draw_split(split: str, settings: config.Settings, folder) -> dict:
 # pair. Dimensions come in any order and number, so that reading them from the prompt is the only way to be right.
 
 PRACTICE = {"name": 1, "name_pair": 1, "check": 2, "rate": 3, "compare": 8, "total": 1, "decide": 2, "total_decide": 3, "tagged": 2, "direct": 7}
-CONSOLIDATION = PRACTICE | {"compare": 16, "conclude": 8, "direct": 4}
+CONSOLIDATION = PRACTICE | {"compare": 16, "conclude": 8, "direct": 16}
 
 # Before the mixture, one skill at a time: (skill, exercises relative to base.simple, kinds of exercise, tasks, dimensions). Alone, each
 # is learnt in 100 to 800 steps; in a mixture from the start most stay at chance. Naming the shapes of *one of two* pictures comes before any
