@@ -352,7 +352,7 @@ def choose_model(options) -> tuple:
         raise config.UserError("--max-new-tokens and --batch-rows are 1 or more, --votes 0 or more; --endpoint has no votes and needs --model NAME")
     template = config.read_text(file) if file else ""
     if file and not template.strip():
-        raise config.UserError(f"--prompt-file {file} is empty")
+        raise config.UserError(f"--prompt-file {file}: it is empty")
     style = options.style or ("short" if Path(source, "done.json").is_file() or Path(source, "figures.json").is_file() else "full")
     print(f"model: {source} ({style} prompts)", file=sys.stderr)
     own = config.Evaluate(max_new_tokens=options.max_new_tokens, batch_rows=options.batch_rows, key_variable=options.key_variable)

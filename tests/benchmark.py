@@ -32,6 +32,7 @@ model's own loss over all positions.
 
 import argparse
 import functools
+import importlib.metadata
 import json
 import logging
 import os
@@ -43,7 +44,6 @@ import sys
 import tempfile
 import time
 import warnings
-from importlib import metadata
 from pathlib import Path
 from unittest.mock import patch
 
@@ -183,7 +183,8 @@ def step_of_this(world: dict, plain: bool = False) -> dict:
     encoded = clock()
     if plain:
         ids = torch.cat([generated(world, [prompt] * own.group_size, 1) for prompt in prompts])
-        made = M.Completions(ids, torch.full((len(ids),), own.max_new_tokens, device=ids.device), torch.zeros(ids.shape, device=ids.device), None)
+        lengths, logprobs = torch.full((len(ids),), own.max_new_tokens, device=ids.device), torch.zeros(ids.shape, device=ids.device)
+        made = M.Completions(ids, lengths, logprobs, torch.ones_like(lengths))
         [grpo.rewards_of(processor.text(row), world["samples"][k // own.group_size], own.mode) for k, row in enumerate(ids)]
     else:
         made, *_ = grpo.rollout(model, processor, world["samples"], own, prompts)
@@ -350,7 +351,7 @@ def measure(size: dict, out: Path, names: list) -> dict:
 def alone(size: dict, out: Path, names: list) -> dict:
     """One contestant with the process to itself: peak memory in MB, that before its work began, and the seconds of its steps but the first."""
     if names == ["TRL"]:
-        import trl  # noqa: F401  what it imports is not its work
+        importlib.import_module("trl")  # what it imports is not its work
     world, resident = open_world(size, out), lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     before, rounds = resident(), size["rounds"] + 1
     if names == ["TRL"]:
@@ -495,8 +496,8 @@ def real_table(name: str) -> None:
 
 def trl_version() -> str:
     try:
-        return metadata.version("trl")
-    except metadata.PackageNotFoundError:
+        return importlib.metadata.version("trl")
+    except importlib.metadata.PackageNotFoundError:
         return ""
 
 

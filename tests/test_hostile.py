@@ -395,8 +395,8 @@ if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as made:
         if sys.argv[1:2] == ["--fuzz"]:
             sys.exit(print(fuzz(float(sys.argv[2]), Path(made))))
-        tokenizers, shown = backbones(Path(made)), make_pictures(Path(made))
-        tried = {f"text: {name}": lambda text=text: check_text(text, tokenizers, shown) for name, text in TEXTS.items()}
+        known, shown = backbones(Path(made)), make_pictures(Path(made))
+        tried = {f"text: {name}": lambda text=text: check_text(text, known, shown) for name, text in TEXTS.items()}
         tried |= {f"file: {name}": lambda name=name: check_file(name, Path(made, name.translate(str.maketrans("", "", string.punctuation)), "t")) for name in FILES}
         tried |= {f"checkpoint with code: {kind}": lambda kind=kind: check_code(kind, Path(made, kind, "t")) for kind in ("config", "model", "tokenizer", "image processor")}
         print("| input | what became of it |\n|---|---|")

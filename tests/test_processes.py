@@ -138,5 +138,5 @@ if __name__ == "__main__":
     try:
         work(Path(sys.argv[1]), *sys.argv[2:])
     except config.UserError as error:
-        config.give_up(error)
+        config.give_up(str(error))
     config.leave_processes()
