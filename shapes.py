@@ -295,7 +295,7 @@ def draw_split(split: str, settings: config.Settings, folder) -> dict:
 # pair. Dimensions come in any order and number, so that reading them from the prompt is the only way to be right.
 
 PRACTICE = {"name": 1, "name_pair": 1, "check": 2, "rate": 3, "compare": 8, "total": 1, "decide": 2, "total_decide": 3, "tagged": 2, "direct": 7}
-CONSOLIDATION = PRACTICE | {"compare": 16, "conclude": 8, "direct": 4}
+CONSOLIDATION = PRACTICE | {"compare": 16, "conclude": 8, "direct": 8}
 
 # Before the mixture, one skill at a time: (skill, exercises relative to base.simple, kinds of exercise, tasks, dimensions). Alone, each
 # is learnt in 100 to 800 steps; in a mixture from the start most stay at chance. Naming the shapes of *one of two* pictures comes before any
@@ -314,7 +314,7 @@ SKILLS = (
 )
 # After it, what the mixture has not taught: which of the items are in which of two pictures takes by far the longest, and a candidate's line
 # has to be found again with all dimensions around it.
-COMPARISONS = (("pairing", 2.5, *CONSISTENCY), ("comparing", 3.2, ("compare",) * 6 + ("name_pair",), EVERY, None))
+COMPARISONS = (("pairing", 2.5, *CONSISTENCY), ("comparing", 4.0, ("compare",) * 6 + ("name_pair",) + ("direct",) * 2, EVERY, None))
 
 
 def practice(rng: random.Random, kind: str, sample: Sample, scenes: list, dimensions: list | None = None) -> tuple:
@@ -381,7 +381,7 @@ def practice(rng: random.Random, kind: str, sample: Sample, scenes: list, dimens
         fact = rng.choice(sample.reasons[DIMENSIONS[task][0]][k].split(", "))
         asked, answer = fact.rsplit(" ", 1)
         return [show, text(f"Is this shown: {asked}? Steps: check, decide.")], f"{THINK}{fact}</think>\n<answer>{answer}</answer>"
-    allow_tie = is_generation(task) and rng.random() < 0.3
+    allow_tie = is_generation(task) and (sample.label == 0 or rng.random() < 0.5)  # a third of the prompts that allow a tie show one
     return build_prompt(sample, "answer", allow_tie=allow_tie), f"<answer>{verdict_string(task, sample.label)}</answer>"
 
 
@@ -400,11 +400,7 @@ def write_practice(folder, pairs: int, rows_per_pair: int, simple: int, rng: ran
         rows = []
         for sample, scenes in made:
             kinds = rng.choices(list(weights), list(weights.values()), k=rows_per_pair if is_generation(sample.task) else of_understanding)
-            if sample.label == 0:
-                parts = build_prompt(sample, "answer", allow_tie=True)
-                rows.append(("direct", parts, f"<answer>{verdict_string(sample.task, 0)}</answer>"))
-                kinds = [kind for kind in kinds if kind not in ("direct", "conclude")]
-            rows += [(kind, *practice(rng, kind, sample, scenes)) for kind in kinds]
+            rows += [(kind, *practice(rng, kind, sample, scenes)) for kind in kinds if sample.label or kind != "conclude"]
         return rows
 
     files = {name: skill(*rest) for name, *rest in SKILLS if simple}
