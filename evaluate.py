@@ -10,6 +10,7 @@ three-way accuracy, tau_calibrated = three-way accuracy when totals closer than 
 
     python evaluate.py --config small
     python evaluate.py bench --benchmark vl_rewardbench --path FILES_OR_FOLDER [--model CHECKPOINT] [--mode think|answer] [--out FILE.json]
+    python evaluate.py table runs/seed*              the paper's claims over several seeds (claims.py)
     python evaluate.py compare A.json B.json         two such files, or two of runs/NAME/evaluate/STAGE-MODE.json
     python evaluate.py judge --task image_generation --prompt "a red square" [--votes K] [--rank] [--json] [--model CHECKPOINT] a.png b.png
     python evaluate.py judge --task image_understanding --prompt "What is it?" --answer "a square" --answer "a circle" a.png
@@ -19,6 +20,7 @@ import argparse
 import csv
 import functools
 import hashlib
+import importlib
 import json
 import math
 import re
@@ -45,12 +47,12 @@ def interval(values: np.ndarray, seed: int = 0, draws: int = 1000) -> dict:
     return {name: round(float(np.percentile(means, q)), 4) for name, q in (("low", 2.5), ("high", 97.5))}
 
 
-def pair_scores(rows: list) -> dict:
-    """{id: share of its judgements that are right}: where both orders of a pair were judged they count as one pair."""
-    right = {}
+def pair_scores(rows: list, value=lambda row: row["answer"] == row["label"]) -> dict:
+    """{id: mean of `value` over its judgements; the share that is right}: where both orders of a pair were judged they count as one pair."""
+    found = {}
     for row in rows:
-        right.setdefault(row["id"], []).append(row["answer"] == row["label"])
-    return {key: float(np.mean(values)) for key, values in right.items()}
+        found.setdefault(row["id"], []).append(value(row))
+    return {key: float(np.mean(values)) for key, values in found.items()}
 
 
 def summarise(rows: list) -> dict:
@@ -431,6 +433,9 @@ COMMANDS = {  # name: (function, options as argparse takes them)
     "bench": (bench, {"--benchmark": dict(choices=BENCHMARKS, required=True), "--path": dict(nargs="+", required=True, help="files or folder"),
                       "--media": dict(help="folder of images, videos, frames"), "--out": dict(help="FILE.json"), **OF_MODELS}),
     "compare": (compare, {"results": dict(nargs=2, help="FILE.json of a bench run or of a run's evaluate folder")}),
+    "table": (lambda options: importlib.import_module("claims").table(options), {
+        "runs": dict(nargs="+", help="run folders named seedN or seedN-WHAT, or files made by --keep"),
+        "--keep": dict(help="folder for the judgements without their texts, 70 KB a run"), "--json": dict(help="FILE.json for the claims")}),
     "judge": (judge_command, {"media": dict(nargs="+", help="candidates, or what is asked about: images, folders of frames, frames of one video"),
                               "--task": dict(choices=data.TASKS, required=True), "--prompt": dict(required=True, help="caption or question"),
                               "--answer": dict(action="append", default=[], help="candidate of an understanding task; give two"),

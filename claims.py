@@ -1,0 +1,183 @@
+"""The paper's claims C1 to C6 over several seeds, the stage table with error bars, and one row for each thing that was changed.
+
+    for seed in 0 1 2 3 4; do python grpo.py --config small --out runs/seed$seed --run.seed $seed; done
+    cp -r runs/seed0 runs/seed0-beta0 && python grpo.py --config small --out runs/seed0-beta0 --run.seed 0 --grpo.beta 0
+    python evaluate.py table runs/seed*                      # or from what --keep wrote: results/seed*.jsonl.gz
+
+A run is named seedN, or seedN-WHAT where something differs from the settings of seedN; what differs is read from the two runs. Each seed
+draws its own world and its own noise, so the spread of the seeds' figures holds the choice of pairs too: intervals are Student's t over seeds.
+A difference is taken within a seed, on the same pairs. With a single seed its interval resamples pairs, and says nothing about training again.
+"""
+
+import gzip
+import json
+from pathlib import Path
+
+import numpy as np
+
+import config
+import data
+from evaluate import interval, pair_scores
+
+COLUMNS = ("split", "id", "swapped", "task", "mode", "label", "answer", "format_ok", "sums_ok", "consistent", "scores_right", "facts_right")
+STUDENT = (12.71, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)  # t at 97.5%, 1 to 9 degrees of freedom
+PAPER = {  # accuracy as printed: VLRewardBench, GenAI-Bench image and video (diff), VideoGen-RewardBench (diff)
+    "base-answer": (67.5, 70.9, 77.2, 79.3), "grpo_direct-answer": (69.0, 71.3, 78.4, 79.5), "cold_start-think": (66.9, 68.6, 75.3, 76.8),
+    "rejection_sft-think": (72.1, 72.0, 78.9, 79.7), "grpo-think": (73.8, 72.5, 82.3, 80.5), "grpo-answer": (73.1, 71.9, 81.6, 79.9)}
+REASONING = {  # of one judgement; the last two: a right verdict although a score is wrong, a wrong one although all are right
+    "sums right": lambda row: row["sums_ok"],
+    "verdict follows": lambda row: row["consistent"],
+    "scores right": lambda row: row["scores_right"],
+    "facts right": lambda row: row["facts_right"],
+    "right verdict, wrong scores": lambda row: row["answer"] == row["label"] and row["scores_right"] < 1,
+    "wrong verdict, right scores": lambda row: row["answer"] != row["label"] and row["scores_right"] == 1}
+
+
+# ------------------------------------------------------------------------------------------------------------- the runs
+
+
+def read_run(path: Path) -> dict:
+    """{STAGE-MODE: rows of its judgements} of a run folder or of a file written by `keep`."""
+    keys = [f"{stage}-{mode}" for _, stage, mode in config.ROWS]
+    if path.is_dir():
+        files = {key: path / "evaluate" / f"{key}.jsonl" for key in keys}
+        return {key: list(data.read_jsonl(file)) for key, file in files.items() if file.is_file()}
+    rows = {}
+    try:
+        for key, *cells in map(json.loads, gzip.decompress(path.read_bytes()).splitlines()):
+            rows.setdefault(key, []).append(dict(zip(COLUMNS, cells, strict=True)))
+    except (OSError, EOFError, ValueError, TypeError) as error:
+        raise config.UserError(f"cannot read {path}: {error}; runs are folders, or files that --keep wrote")
+    return rows
+
+
+def keep(run: dict, file: Path) -> None:
+    """The judgements without their texts, one JSON list a line; the same bytes for the same run."""
+    short = lambda value: round(value, 4) if isinstance(value, float) else value
+    lines = "".join(json.dumps([key] + [short(row[c]) for c in COLUMNS]) + "\n" for key, rows in run.items() for row in rows)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_bytes(gzip.compress(lines.encode(), mtime=0))
+
+
+def settings_of(path: Path) -> dict:
+    """{"section.key": value} of all finished stages of a run folder."""
+    found = {}
+    for file in sorted(path.glob("*/done.json")):
+        for section, values in json.loads(file.read_text())["settings"].items():
+            found |= {f"{section}.{key}": value for key, value in values.items()}
+    return found
+
+
+# ------------------------------------------------------------------------------------------------------------ statistics
+
+
+def estimate(samples: list) -> tuple:
+    """(mean, low, high) of one array of per-pair values for each seed: t interval over the seeds' means, or over the pairs of a single seed."""
+    means = [float(np.mean(values)) for values in samples]
+    if len(means) == 1:
+        span = interval(np.array(samples[0]))
+        return means[0], span["low"], span["high"]
+    half = STUDENT[len(means) - 2] * np.std(means, ddof=1) / len(means) ** 0.5
+    return float(np.mean(means)), float(np.mean(means) - half), float(np.mean(means) + half)
+
+
+def per_pair(run: dict, key: str, split: str = "test", task: str = "all", **value) -> dict:
+    """evaluate.pair_scores of one row of the stage table, on one split and one task or all."""
+    return pair_scores([row for row in run[key] if row["split"] == split and task in (row["task"], "all")], **value)
+
+
+def gain(runs: list, after: str, before: str, task: str = "all", split: str = "test") -> list:
+    """For each seed the differences of its pairs: right after - right before."""
+    both = [(per_pair(run, after, split, task), per_pair(run, before, split, task)) for run in runs]
+    return [np.array([one[k] - two[k] for k in one]) for one, two in both]
+
+
+def claims(runs: list) -> list:
+    """[(claim, what is measured, [(scope, (mean, low, high))])]; see `decision`."""
+    tasks, others = data.TASKS, [task for task in data.TASKS if task != "image_generation"]
+    rise = lambda after, before, scopes: [(scope, estimate(gain(runs, after, before, scope))) for scope in scopes]
+    well_formed = lambda row: row["format_ok"] - 0.8
+    formed = [(s, estimate([list(per_pair(run, "cold_start-think", task=s, value=well_formed).values()) for run in runs])) for s in others]
+    full, direct = gain(runs, "grpo-think", "base-answer"), gain(runs, "grpo_direct-answer", "base-answer")
+    return [("C1", "the cold start alone lowers accuracy: base direct - cold start", rise("base-answer", "cold_start-think", ["all"])),
+            ("C2", "rejection sampling lifts every task: rejection SFT - base direct", rise("rejection_sft-think", "base-answer", tasks)),
+            ("C3", "GRPO lifts every task: GRPO - rejection SFT", rise("grpo-think", "rejection_sft-think", tasks)),
+            ("C4", "the format carries over: well-formed answers of the cold start on tasks it had no data of - 80%", formed),
+            ("C5", "implicit reasoning: full model answering directly - base direct", rise("grpo-answer", "base-answer", ["all"])),
+            ("C6", "GRPO without CoT gains little: half of the full model's gain - its gain",
+             [("all", estimate([0.5 * one - two for one, two in zip(full, direct)]))])]
+
+
+def decision(found: list) -> str:
+    """Of [(scope, (mean, low, high))]: "holds" if every interval lies above 0, "does not hold" if one lies below, else "undecided"."""
+    if all(low > 0 for _, (_, low, _) in found):
+        return "holds"
+    return "does not hold" if any(high < 0 for _, (_, _, high) in found) else "undecided"
+
+
+# ---------------------------------------------------------------------------------------------------------------- tables
+
+
+def cell(samples: list, plus: str = "") -> str:
+    mean, low, high = (100 * value for value in estimate([list(values) for values in samples]))
+    return f"{mean:{plus}.1f} [{low:{plus}.1f}, {high:{plus}.1f}]"
+
+
+def markdown(heads: list, lines: list) -> str:
+    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in [heads, ["---"] * len(heads), *lines]) + "\n"
+
+
+def stage_table(runs: list, split: str) -> str:
+    """Accuracy of every stage by task, mean over seeds and interval; the paper's figures, of its four benchmarks, in the last column."""
+    lines = []
+    for name, stage, mode in config.ROWS:
+        key = f"{stage}-{mode}"
+        cells = [cell([per_pair(run, key, split, task).values() for run in runs]) for task in (*data.TASKS, "all")]
+        lines.append([name, *cells, " / ".join(map(str, PAPER.get(key, "-")))])
+    return markdown(["", *(task.replace("_", " ") for task in data.TASKS), "mean", "paper"], lines)
+
+
+def reasoning_cells(runs: list, key: str) -> list:
+    return [cell([per_pair(run, key, value=value).values() for run in runs]) for value in REASONING.values()]
+
+
+def changes_table(named: dict, folders: dict) -> str:
+    """One row for each WHAT of the runs named seedN-WHAT: the full model, against the plain runs of the same seeds."""
+    lines, changed = [], sorted({name.partition("-")[2] for name in named} - {""})
+    for what in changed:
+        both = {name: name.partition("-")[0] for name in named if name.partition("-")[2] == what and name.partition("-")[0] in named}
+        ours, plain = (settings_of(folders[name]) if name in folders else {} for name in list(both.items())[0])
+        flags = " ".join(f"--{key} {value}" for key, value in ours.items() if plain.get(key) != value)
+        runs = [named[name] for name in both]
+        difference = [np.subtract(*(list(per_pair(named[name], "grpo-think").values()) for name in pair)) for pair in both.items()]
+        lines.append([what, f"`{flags}`", len(both), cell([per_pair(run, "grpo-think").values() for run in runs]), cell(difference, "+")]
+                     + reasoning_cells(runs, "grpo-think"))
+    return "One thing changed, the full model on the test pairs\n\n" + markdown(
+        ["changed", "settings", "seeds", "accuracy", "difference", *REASONING], lines) if lines else ""
+
+
+def table(options) -> None:
+    """Tables of several runs (folders, or files that --keep wrote): claims, stages, reasoning, and what changed settings do."""
+    paths = [Path(name) for name in options.runs]
+    named = {path.name.partition(".")[0]: read_run(path) for path in paths}
+    for name, run in named.items():
+        if missing := [f"{stage}-{mode}" for _, stage, mode in config.ROWS if f"{stage}-{mode}" not in run]:
+            raise config.UserError(f"{name}: no judgements {missing[0]}; finish the run with python grpo.py, or give other runs")
+        if options.keep:
+            keep(run, Path(options.keep) / f"{name}.jsonl.gz")
+    plain = [run for name, run in named.items() if "-" not in name]
+    if not plain:
+        raise config.UserError("give at least one run without a - in its name: the others are compared with the run of their seed")
+    found, rows = claims(plain), [(name, f"{stage}-{mode}") for name, stage, mode in config.ROWS if mode == "think"]
+    points = lambda scope, e: f"{scope.replace('_', ' ')} {100 * e[0]:+.1f} [{100 * e[1]:+.1f}, {100 * e[2]:+.1f}]"
+    lines = [[name, what, "<br>".join(points(*one) for one in scopes), decision(scopes)] for name, what, scopes in found]
+    over = f"mean over {len(plain)} seeds and 95% interval" if len(plain) > 1 else "one seed, 95% interval over its pairs"
+    print(f"Claims, differences in points ({over})\n\n" + markdown(["", "claim", "difference", ""], lines))
+    print("Accuracy % on the test pairs, both orders\n\n" + stage_table(plain, "test"))
+    print("Accuracy % on colour-shape pairs never trained on\n\n" + stage_table(plain, "heldout"))
+    print("The reasoning on the test pairs, %\n\n" + markdown(["", *REASONING], [[name, *reasoning_cells(plain, key)] for name, key in rows]))
+    print(changes_table(named, {path.name: path for path in paths if path.is_dir()}))
+    if options.json:
+        spans = lambda scopes: {scope: dict(zip(("mean", "low", "high"), e)) for scope, e in scopes}
+        made = [{"claim": name, "measures": what, "decision": decision(scopes), "differences": spans(scopes)} for name, what, scopes in found]
+        config.write_text(Path(options.json), json.dumps({"runs": list(named), "claims": made}, indent=1))
