@@ -10,7 +10,7 @@ three-way accuracy, tau_calibrated = three-way accuracy when totals closer than 
 
     python evaluate.py --config small
     python evaluate.py bench --benchmark vl_rewardbench --path FILES_OR_FOLDER [--model CHECKPOINT] [--mode think|answer] [--out FILE.json]
-    python evaluate.py table runs/seed*              the paper's claims over several seeds (claims.py)
+    python evaluate.py table runs/seed*              the paper's claims over several seeds (results/claims.py)
     python evaluate.py compare A.json B.json         two such files, or two of runs/NAME/evaluate/STAGE-MODE.json
     python evaluate.py judge --task image_generation --prompt "a red square" [--votes K] [--rank] [--json] [--model CHECKPOINT] a.png b.png
     python evaluate.py judge --task image_understanding --prompt "What is it?" --answer "a square" --answer "a circle" a.png
@@ -433,7 +433,7 @@ COMMANDS = {  # name: (function, options as argparse takes them)
     "bench": (bench, {"--benchmark": dict(choices=BENCHMARKS, required=True), "--path": dict(nargs="+", required=True, help="files or folder"),
                       "--media": dict(help="folder of images, videos, frames"), "--out": dict(help="FILE.json"), **OF_MODELS}),
     "compare": (compare, {"results": dict(nargs=2, help="FILE.json of a bench run or of a run's evaluate folder")}),
-    "table": (lambda options: importlib.import_module("claims").table(options), {
+    "table": (lambda options: importlib.import_module("results.claims").table(options), {
         "runs": dict(nargs="+", help="run folders named seedN or seedN-WHAT, or files made by --keep"),
         "--keep": dict(help="folder for the judgements without their texts, 70 KB a run"), "--json": dict(help="FILE.json for the claims")}),
     "judge": (judge_command, {"media": dict(nargs="+", help="candidates, or what is asked about: images, folders of frames, frames of one video"),

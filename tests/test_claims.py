@@ -1,4 +1,4 @@
-"""claims.py: intervals against closed forms, differences within pairs, decisions, and the kept files."""
+"""results/claims.py: intervals against closed forms, differences within pairs, decisions, and the kept files."""
 
 import argparse
 import json
@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-import claims
+from results import claims
 import config
 import data
 import evaluate
