@@ -11,6 +11,7 @@ three-way accuracy, tau_calibrated = three-way accuracy when totals closer than 
     python evaluate.py --config small
     python evaluate.py bench --benchmark vl_rewardbench --path FILES_OR_FOLDER [--model CHECKPOINT] [--mode think|answer] [--out FILE.json]
     python evaluate.py table runs/seed*              the paper's claims over several seeds (results/claims.py)
+    python evaluate.py votes runs/small              accuracy of 1 to 15 votes, calibration of the vote share (results/votes.py)
     python evaluate.py compare A.json B.json         two such files, or two of runs/NAME/evaluate/STAGE-MODE.json
     python evaluate.py judge --task image_generation --prompt "a red square" [--votes K] [--rank] [--json] [--model CHECKPOINT] a.png b.png
     python evaluate.py judge --task image_understanding --prompt "What is it?" --answer "a square" --answer "a circle" a.png
@@ -436,6 +437,9 @@ COMMANDS = {  # name: (function, options as argparse takes them)
     "table": (lambda options: importlib.import_module("results.claims").table(options), {
         "runs": dict(nargs="+", help="run folders named seedN or seedN-WHAT, or files made by --keep"),
         "--keep": dict(help="folder for the judgements without their texts, 70 KB a run"), "--json": dict(help="FILE.json for the claims")}),
+    "votes": (lambda options: importlib.import_module("results.votes").votes(options), {
+        "run": dict(help="run folder, for instance runs/small"), "--votes": dict(type=int, default=15, help="judgements of each pair"),
+        "--max-new-tokens": dict(type=int, default=160)}),
     "judge": (judge_command, {"media": dict(nargs="+", help="candidates, or what is asked about: images, folders of frames, frames of one video"),
                               "--task": dict(choices=data.TASKS, required=True), "--prompt": dict(required=True, help="caption or question"),
                               "--answer": dict(action="append", default=[], help="candidate of an understanding task; give two"),

@@ -1,0 +1,56 @@
+"""How much voting helps, and whether the share of the votes says how sure to be: `python evaluate.py votes RUN --votes 15`.
+
+Every test pair is judged K times at temperature 1, half of them in each order (an odd one out as given). The accuracy of k votes is the mean over the
+pairs and over draws of k of the K judgements; an undecided vote counts half. Calibration: the pairs by the share of votes that the winner got.
+"""
+
+import random
+from pathlib import Path
+
+import numpy as np
+
+import config
+import data
+import evaluate
+import model as M
+
+
+def majority(answers: list, label: int) -> float:
+    """1, 0 or 1/2 (undecided, or nothing readable): is the majority of `answers` (1, 2 or None) the label?"""
+    lead = sum((answer == label) - (answer == 3 - label) for answer in answers)
+    return 0.5 if lead == 0 else float(lead > 0)
+
+
+def accuracy_of(votes: list, count: int, draws: int = 200) -> float:
+    """Mean accuracy of `count` of the votes of each pair, [(answers, label)]."""
+    rng = random.Random(0)
+    return float(np.mean([majority(rng.sample(answers, count), label) for answers, label in votes for _ in range(draws)]))
+
+
+def calibration(votes: list, edges: tuple = (0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.01)) -> list:
+    """[(from, to, pairs, mean share of the winner's votes, share of these pairs whose winner is right)] of what was decided."""
+    found = []
+    for answers, label in votes:
+        share = sum(answer == label for answer in answers) / len(answers)
+        found += [(max(share, 1 - share), share > 0.5)] if share != 0.5 else []
+    bins = [[pair for pair in found if low <= pair[0] < high] for low, high in zip(edges, edges[1:])]
+    return [(low, min(high, 1.0), len(some), *np.mean(some, axis=0)) for low, high, some in zip(edges, edges[1:], bins) if some]
+
+
+def votes(options) -> None:
+    """Accuracy of 1, 3, 5 .. K votes, and calibration of the vote share, of a run's full model on its test pairs."""
+    run, checkpoint = Path(options.run), Path(options.run) / "grpo"
+    if not (checkpoint / "done.json").is_file() or options.votes < 1:
+        raise config.UserError(f"{checkpoint} holds no finished model: python grpo.py makes one; --votes is 1 or more")
+    samples, own = data.read_samples(run / "data" / "test.jsonl"), config.Evaluate(max_new_tokens=options.max_new_tokens)
+    model, processor = M.load(str(checkpoint))
+    rows = evaluate.judge(model, processor, samples, "think", own, votes=-(-options.votes // 2), orders=(False, True), label="voting")
+    cast = {}
+    for row in rows:
+        answer, label = ((3 - row[key] if row["swapped"] and row[key] else row[key]) for key in ("answer", "label"))
+        cast.setdefault(row["id"], ([], label))[0].append(answer)
+    made = [(answers[: options.votes], label) for answers, label in cast.values()]
+    print("\n".join(["| votes | accuracy % |", "| --- | --- |"] + [f"| {k} | {100 * accuracy_of(made, k):.1f} |" for k in (1, 3, 5, 9, 15) if k <= options.votes]))
+    print("\n| share of the winner's votes | pairs | mean share % | winner right % |\n| --- | --- | --- | --- |")
+    for low, high, pairs, share, right in calibration(made):
+        print(f"| {low:.0%} to {high:.0%} | {pairs} | {100 * share:.1f} | {100 * right:.1f} |")

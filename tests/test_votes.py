@@ -1,0 +1,32 @@
+"""results/votes.py: majorities against enumeration, calibration by hand, and the command's mistakes."""
+
+import itertools
+
+import numpy as np
+import pytest
+
+import config
+import evaluate
+from results import votes
+
+
+@pytest.mark.parametrize("answers, label, value", [([1, 1, 2], 1, 1.0), ([1, 1, 2], 2, 0.0), ([1, 2], 1, 0.5), ([None, None, 2], 2, 1.0), ([None], 1, 0.5)])
+def test_majority(answers, label, value):
+    assert votes.majority(answers, label) == value
+
+
+@pytest.mark.parametrize("count", [1, 3, 5])
+def test_accuracy_of_k_votes_is_the_mean_over_all_draws_of_k(count):
+    cast = [([1, 1, 1, 2, 2, None, 1], 1), ([2, 2, 2, 1, 1, 1, 2], 1), ([2] * 7, 2)]
+    exact = np.mean([np.mean([votes.majority(list(some), label) for some in itertools.combinations(answers, count)]) for answers, label in cast])
+    assert abs(votes.accuracy_of(cast, count, draws=4000) - exact) < 0.015  # standard error below 0.005
+
+
+def test_calibration_sorts_pairs_by_the_winners_share():
+    cast = [([1] * 9 + [2], 1), ([1] * 9 + [2], 2), ([1] * 6 + [2] * 4, 1), ([1] * 5 + [2] * 5, 1), ([2] * 10, 2)]
+    assert votes.calibration(cast) == [(0.6, 0.7, 1, 0.6, 1.0), (0.9, 1.0, 2, pytest.approx(0.9), 0.5), (1.0, 1.0, 1, 1.0, 1.0)]
+
+
+def test_a_run_without_a_model_is_refused(tmp_path):
+    with pytest.raises(config.UserError, match="no finished model"):
+        evaluate.command_line("votes", [str(tmp_path)])
