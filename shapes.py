@@ -44,6 +44,7 @@ SHAPES = ("circle", "square", "triangle", "star", "cross")
 HELDOUT = {("red", "star"), ("green", "cross"), ("blue", "triangle"), ("yellow", "circle"), ("purple", "square"), ("black", "star")}
 ALL = [(color, shape) for color in COLORS for shape in SHAPES]
 SEEN = [item for item in ALL if item not in HELDOUT]
+name = " ".join  # of an item: ("red", "star") is a "red star"
 SIDE, CELL, FRAMES, PAPER = 32, 16, 4, (238, 238, 238)
 DIRECTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
 OPPOSITE = {"left": "right", "right": "left", "up": "down", "down": "up"}
@@ -127,9 +128,6 @@ def change(rng: random.Random, item: tuple, items: list, taken: list) -> tuple:
     near = [other for other in items if (other[0] == item[0]) != (other[1] == item[1]) and other not in taken]
     return rng.choice(near or [other for other in items if other not in taken])
 
-
-def name(item: tuple) -> str:
-    return f"{item[0]} {item[1]}"
 
 
 def checks(wanted: list, present: list) -> list:
@@ -350,11 +348,9 @@ def practice(rng: random.Random, kind: str, sample: Sample, scenes: list, dimens
             scores = {d: [rng.choice(POSSIBLE), rng.choice(POSSIBLE)] for d in dimensions + [None] * (len(dimensions) == 1)}
         totals, verdict = closing(scores)
         given = " ".join(f"{noun} {side + 1}: {', '.join(f'({pair[side]}/10)' for pair in scores.values())}." for side in (0, 1))
-        if kind == "decide":
-            return [text(f"{totals}\nSteps: decide.")], verdict
-        if kind == "total":
-            return [text(f"{given}\nSteps: total.")], totals
-        return [text(f"{given}\nSteps: total, decide.")], f"{THINK}{totals}</think>\n{verdict}"
+        asked, response = {"total": (f"{given}\nSteps: total.", totals), "decide": (f"{totals}\nSteps: decide.", verdict),
+                           "total_decide": (f"{given}\nSteps: total, decide.", f"{THINK}{totals}</think>\n{verdict}")}[kind]
+        return [text(asked)], response
     if kind == "conclude":  # the same at the end of a judgement that is given
         while len(set(sums(chosen(sample.scores)))) == 1:
             dimensions = rng.sample(DIMENSIONS[task], rng.choice([2, 3]))
