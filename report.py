@@ -1,13 +1,12 @@
 """The report: a run folder as one HTML file that opens anywhere, without network and without a server.
 
 It says what every stage reported, how well each checkpoint judges and reasons, how the training went, and lets the reader leaf through
-judged pairs with what every stage said about them side by side. Stages and files that are missing are left out, so it can be written
-while a run is still going.
+judged pairs with what every stage said about them side by side.
 
 Captions, answers and model text are somebody else's: in the markup they are escaped; to the script they go as JSON in which every "<"
 is escaped, and it shows them as text nodes only; the page's policy lets no other script run and nothing be loaded.
 
-    python report.py runs/small        writes runs/small/evaluate/report.html
+    python report.py runs/small        writes runs/small/evaluate/report.html, also while the run is going: what is missing is left out
 """
 
 import base64
@@ -43,9 +42,9 @@ STAGE_TEXT = {
     "grpo_direct": "A control: the same reinforcement learning from the base, without reasoning.",
 }
 QUALITY = {  # metric of evaluate.summarise: (column, what it is the share of)
-    "format_ok": ("format kept", "texts that are one think block and one answer block, to the letter"),
+    "format_ok": ("format", "texts that are one think block and one answer block, to the letter"),
     "sums_ok": ("sums right", "texts whose stated totals are the sums of their scores"),
-    "consistent": ("verdict follows", "texts whose sums are right and whose verdict names the larger one"),
+    "consistent": ("follows", "texts whose sums are right and whose verdict names the larger one"),
     "scores_right": ("scores right", "scores that equal the true ones"),
     "facts_right": ("facts right", "observations that equal the true ones word for word"),
     "orders_agree": ("orders agree", "pairs on which the verdict stays with the same candidate when the two change places"),
@@ -56,7 +55,7 @@ TIES = {"diff": "pairs with a winner", "tau": "all pairs", "tau_calibrated": "al
 CURVES = {  # metric of grpo.py: (title, y axis, what it shows and what it looks like when it goes wrong)
     "reward_accuracy": ("Accuracy reward", "share", "Sampled judgements with the right verdict. It should climb; "
                         "flat from the start means that nothing is learnt, a climb and then a fall that the learning rate is too high."),
-    "reward_format": ("Format reward", "share", "Sampled texts that keep the format. It should stay near 1; a drop means that the policy is coming apart."),
+    "reward_format": ("Format reward", "share", "Sampled texts that keep the format. It should stay near 1; a drop means a policy that comes apart."),
     "kl": ("KL to the reference", "nats per token", "How far the policy has moved from the model that entered the stage. It rises slowly from 0; "
            "a leap is often the first sign of collapse, and 0 throughout means that beta is 0 or nothing moves."),
     "length": ("Length", "tokens", "Mean length of a completion. It should keep level, since the format sets it; "
@@ -71,45 +70,32 @@ CURVES = {  # metric of grpo.py: (title, y axis, what it shows and what it looks
                   "spikes followed by a loss of reward ask for a lower learning rate, and 0 means that all groups had equal rewards."),
 }
 LOSSES = {  # stage: (title, what its loss looks like when all is well and when it is not)
-    "base": ("Base", "Pictures are named first; then the exercises begin and the loss jumps once. A long plateau: the model writes but does not see."),
-    "cold_start": ("Cold start", "Falls fast while the format is learnt, then slowly while the content is. Near 0, the examples were learnt by heart."),
-    "rejection_sft": ("Rejection-sampled SFT", "Starts low, since the text is the model's own; a high start means that it was sampled from some other model."),
-    "direct_sft": ("Direct SFT, control", "All of a verdict but one word is fixed, so it is low at once; if it then stays level, that word is a guess."),
+    "base": ("Base", "It jumps where one exercise gives way to the next. A long plateau within one: the model writes but does not see."),
+    "cold_start": ("Cold start", "Falls fast while the format is learnt, then slowly while the content is. Near 0, examples were learnt by heart."),
+    "rejection_sft": ("Rejection-sampled SFT", "Starts low, since the text is the model's own; a high start means that some other model wrote it."),
+    "direct_sft": ("Direct SFT, control", "All of a verdict but one word is fixed: low at once; if it then stays level, that word is a guess."),
 }
 
 # ---------------------------------------------------------------------------------------------------------------- reading
 
 
-def read_json(path: Path) -> dict:
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-
-
 def read_rows(path: Path) -> list:
-    """Rows of a JSON lines file that may be growing: the line that is just being written is left out."""
-    rows = []
-    for line in path.read_text(encoding="utf-8", errors="replace").split("\n") if path.is_file() else []:
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            continue
-    return rows
+    """Rows of a JSON lines file that may be growing: the line that is just being written, without its end, is left out."""
+    whole = path.read_bytes().rpartition(b"\n")[0] if path.is_file() else b""
+    return [json.loads(line) for line in whole.decode().split("\n") if line]
 
 
 def read_results(out: Path) -> list:
-    """The rows of the stage table. While the run is going there are only the files of the checkpoints judged so far."""
-    rows = {(row["stage"], row["mode"]): row for row in read_json(out / "evaluate" / "results.json").get("rows", [])}
-    for stage in config.STAGES:
-        for mode in ("answer", "think"):
-            if judged := read_json(out / "evaluate" / f"{stage}-{mode}.json"):
-                rows[stage, mode] = {"name": f"{stage}, {mode}", "stage": stage, "mode": mode} | rows.get((stage, mode), {}) | judged
-    return list(rows.values())
+    """The rows of the stage table, of the checkpoints judged so far: evaluate.py writes a file for each."""
+    files = {row: out / "evaluate" / f"{row[1]}-{row[2]}.json" for row in config.ROWS}
+    return [dict(zip(("name", "stage", "mode"), row)) | json.loads(file.read_text()) for row, file in files.items() if file.is_file()]
 
 
 # ----------------------------------------------------------------------------------------------------------------- tables
 
 
-def percent(value) -> str:
-    return "–" if value is None or not math.isfinite(value) else f"{100 * value:.1f}"
+def percent(value: float | None) -> str:
+    return "-" if value is None else f"{100 * value:.1f}"
 
 
 def table(heads: list, lines: list) -> str:
@@ -121,7 +107,7 @@ def table(heads: list, lines: list) -> str:
 
 def accuracy_cell(cell: dict) -> str:
     if not cell:
-        return "–"
+        return "-"
     value, low, high = (percent(cell[key]) for key in ("accuracy", "low", "high"))
     return f"""<b>{value}</b> <small>{low}–{high}</small><svg class="meter" viewBox="0 0 100 8" preserveAspectRatio="none" aria-hidden="true">
 <rect class="fill" width="{value}" height="8"/><path d="M50 0V8"/><path class="whisker" d="M{low} 4H{high}"/></svg>"""
@@ -148,8 +134,8 @@ intervals overlap widely have not been told apart.</p>
 def stages_section(out: Path) -> str:
     items = ""
     for stage, text in STAGE_TEXT.items():
-        done = read_json(out / stage / "done.json")
-        state = f'{escape(str(done["made"]))} ({done["seconds"]:,.0f} s)' if done else "not finished" if (out / stage).is_dir() else "not run yet"
+        done, steps = config.done(stage, out), len(read_rows(out / stage / "metrics.jsonl"))
+        state = f'{escape(str(done["made"]))} ({done["seconds"]:,.0f} s)' if done else "not finished" + f", {steps} steps so far" * (steps > 0)
         items += f'<li><b>{stage}</b> {text} <span class="{"made" if done else "muted"}">{state}</span></li>'
     return f'<ol>{items}</ol>'
 
@@ -168,10 +154,11 @@ def curve(values: list, title: str, unit: str, sentence: str) -> str:
     high = 1.0 if unit == "share" and max(values) > 0.2 else max(values) if max(values) > low else low + 1
     x, y = lambda k: 44 + 246 * k / max(1, count - 1), lambda value: 122 - 106 * (value - low) / (high - low)
     points = lambda line: " ".join(f"{x(k):.1f},{y(line[k]):.1f}" for k in range(0, count, math.ceil(count / 400)))
+    said = f"{title}: from {smooth[0]:.3g} to {smooth[-1]:.3g} in {count} steps"
     ticks = "".join(f'<path class="rule" d="M44 {y(value):.1f}H290"/><text x="40" y="{y(value) + 3:.1f}" class="end">{value:.3g}</text>'
                     for value in (low, (low + high) / 2, high))
-    return f"""<figure><h4>{title}</h4><svg viewBox="0 0 300 140" role="img" aria-label="{title}: from {smooth[0]:.3g} to {smooth[-1]:.3g} in {count} steps">
-{ticks}<text x="44" y="9">{unit}</text><text x="44" y="136">1</text><text x="167" y="136" class="mid">step</text><text x="290" y="136" class="end">{count}</text>
+    return f"""<figure><h4>{title}</h4><svg viewBox="0 0 300 140" role="img" aria-label="{said}">{ticks}<text x="44" y="9">{unit}</text>
+<text x="44" y="136">1</text><text x="167" y="136" class="mid">step</text><text x="290" y="136" class="end">{count}</text>
 <polyline class="raw" points="{points(values)}"/><polyline points="{points(smooth)}"/></svg><figcaption>{sentence}</figcaption></figure>"""
 
 
@@ -238,10 +225,8 @@ def choose_pairs(samples: dict, judged: list) -> list:
 
 def browser_data(out: Path, results: list) -> dict:
     """What the script shows: {"stages": [name], "full": index of the full model's, "pairs": [...], "of": number of judged pairs}."""
-    samples = {}
-    for split in SPLITS:
-        file = out / "data" / f"{split}.jsonl"
-        samples |= {(split, sample.id): sample for sample in (data.read_samples(file) if file.is_file() else [])}
+    drawn = {split: out / "data" / f"{split}.jsonl" for split in SPLITS}
+    samples = {(split, sample.id): sample for split, file in drawn.items() if file.is_file() for sample in data.read_samples(file)}
     files = [out / "evaluate" / f"{row['stage']}-{row['mode']}.jsonl" for row in results]
     judged = [{(row["split"], row["id"]): row for row in read_rows(file) if not row["swapped"]} for file in files]
     chosen, pairs, size = choose_pairs(samples, judged), [], 0
@@ -267,8 +252,9 @@ def write(out: Path) -> Path:
     results = read_results(out)
     judged = browser_data(out, results)
     page = (config.ROOT / "report_page.html").read_text(encoding="utf-8")
-    allowed = base64.b64encode(hashlib.sha256(page.rpartition("<script>")[2].partition("</script>")[0].encode()).digest()).decode()
-    values = {"policy": f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{allowed}'; base-uri 'none'; form-action 'none'",
+    script = base64.b64encode(hashlib.sha256(page.rpartition("<script>")[2].partition("</script>")[0].encode()).digest()).decode()
+    policy = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
+    values = {"policy": f"{policy}; script-src 'sha256-{script}'",
               "title": f"Report of the run {escape(out.resolve().name)}", "stages": stages_section(out), "results": results_section(results),
               "curves": curves_section(out), "data": json.dumps(judged, separators=(",", ":")).replace("<", "\\u003c"),
               "judged": f"{len(judged['pairs'])} of {judged['of']} judged pairs." if judged["pairs"] else "Nothing has been judged yet."}
@@ -299,16 +285,20 @@ def contact_sheet(samples: list, file: str) -> None:
 def inspect(arguments: list) -> None:
     """`python data.py inspect PATH`: bad rows; pairs, labels and median and longest text (in characters) per task; the first dozen as pictures."""
     options, bad = dict(zip(arguments[1::2], arguments[2::2])), []
-    file, own = options.pop("--sheet", "contact_sheet.png"), config.Data(image_root=options.pop("--image-root", ""), media_within=options.pop("--media-within", ""))
+    own = config.Data(image_root=options.pop("--image-root", ""), media_within=options.pop("--media-within", ""))
+    file = options.pop("--sheet", "contact_sheet.png")
     if options or len(arguments) % 2 == 0 or not Path(file).resolve().parent.is_dir():
-        raise config.UserError("python data.py inspect PATH [--sheet FILE.png, in a folder that exists] [--image-root FOLDER] [--media-within FOLDER]")
+        raise config.UserError("python data.py inspect PATH [--sheet FILE.png, in a folder that exists] "
+                               "[--image-root FOLDER] [--media-within FOLDER]")
     samples = data.read_rows(arguments[0], lambda row, folder: data.usable(row, folder, own), bad=bad, label="reading")
     print("".join(f"bad row: {line}\n" for line in bad) + f"{arguments[0]}: {len(samples)} pairs, {len(bad)} bad rows")
     print(f"{'':<20}" + "".join(f"{head:>10}" for head in ("pairs", "first", "second", "ties", "prompt", "longest", "answer", "longest")))
     for task in dict.fromkeys(sample.task for sample in samples):
         rows = [sample for sample in samples if sample.task == task]
-        lengths = [sorted(map(len, texts)) or ["-"] for texts in ([s.prompt or s.problem for s in rows], [text for s in rows for text in s.answers])]
-        cells = [len(rows)] + [sum(s.label == label for s in rows) for label in (1, 2, 0)] + [n for some in lengths for n in (some[len(some) // 2], some[-1])]
+        cells = [len(rows)] + [sum(s.label == label for s in rows) for label in (1, 2, 0)]
+        for texts in ([s.prompt or s.problem for s in rows], [text for s in rows for text in s.answers]):
+            lengths = sorted(map(len, texts)) or ["-"]
+            cells += [lengths[len(lengths) // 2], lengths[-1]]
         print(f"{task:<20}" + "".join(f"{cell:>10}" for cell in cells))
     if samples:
         contact_sheet(samples[:12], file)
