@@ -163,7 +163,7 @@ def table(results: list) -> str:
     return "\n".join([
         part("accuracy % on the test split, both orders, 95% interval", 18, tasks, accuracy("test")),
         part("accuracy % on colour-shape pairs never trained on", 18, tasks, accuracy("heldout")),
-        part("the reasoning on the test split, % (follows: sums add up and the verdict follows from them)", 12, [name for name, _ in QUALITY.values()],
+        part("the reasoning on the test split, % (follows: sums add up and the verdict follows from them)", 12, QUALITY.values(),
              lambda row: [percent(row["splits"]["test"]["all"].get(key)) for key in QUALITY]),
         part("generation pairs of which a third are ties, %", 14, [name.replace("_", " ") for name in TIES],
              lambda row: [percent(row["ties"].get(key)) for key in TIES])])
