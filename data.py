@@ -259,7 +259,7 @@ def flat(item) -> list:
 
 
 def from_text(text: str, files: list) -> list:
-    """The inverse of `to_text`: an <image> takes one file, the <video>s share the rest evenly."""
+    """The inverse of `to_text`: an <image> takes one file, the <video>s share the rest evenly; ValueError where that does not come out."""
     pieces = re.split(r"(<image>|<video>)", text)
     clips = pieces.count("<video>")
     length = (len(files) - pieces.count("<image>")) // clips if clips else 0
@@ -292,7 +292,7 @@ def sft_row(sample: Sample, mode: str, response: str) -> dict:
 
 
 def row_sample(row: dict, root: Path) -> Sample:
-    """A row of any schema -> Sample. An official row without our parts is read by its verdict and its files."""
+    """A row of any schema -> Sample. An official row without our parts is read by its verdict and its files; ValueError where they do not tell."""
     files = [str(root / file) for file in flat(row.get("images", []))]
     text = row["solution"] if "solution" in row else row["conversations"][1]["value"] if "conversations" in row else ""
     video = len(files) != 1 or "<video>" in f"{row.get('problem')}{row.get('conversations')}"

@@ -64,7 +64,7 @@ device_of = lambda model: next(model.parameters()).device
 def load(path: str, dtype: torch.dtype | None = None, shard: bool = False) -> tuple:
     """(model in eval mode, Processor) of one of BACKBONES, from a Hugging Face folder or hub name. bf16 on a GPU (sft.optimizer_for keeps fp32
     weights beside it); fp32 on the CPU, where bf16 is far slower, and for small models, which gain nothing. `shard`, under torchrun: this process
-    keeps its part of the weights, in fp32, and FSDP2 fetches the rest of a layer, rounded so, while the layer runs."""
+    keeps its part of the weights, in fp32, and FSDP2 fetches the rest of a layer, rounded so, while the layer runs. UserError: nothing to load."""
     if not Path(path).is_dir() and Path(path).is_absolute():
         raise config.UserError(f"no model folder {path}")
     gpu, optional = torch.cuda.is_available(), {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
@@ -137,7 +137,8 @@ def freeze_vision(model) -> None:
 
 
 def image_patches(processor: Processor, path: str, tiled: bool = True) -> tuple:
-    """(pixels, grid) of one file as its backbone takes them; a gigabyte is kept, as every epoch and every group asks for them again."""
+    """(patches [n, d], or tiles [n, 3, height, width]; grid [3]) of one file as its backbone takes them, fp32; a gigabyte is kept, as every
+    epoch and every group asks for them again."""
     if (path, tiled) not in processor.patches:
         image = read_image(path)
         made = processor.image_processor(images=[image] if tiled else [[image] * 2], return_tensors="pt")
@@ -163,12 +164,9 @@ def encode_media(processor: Processor, part: dict, tiled: bool = True) -> tuple:
         raise config.UserError(f"the frames of {part['video'][0]} ... differ in size")
     frames += frames[-1:] * (len(frames) % 2)
     grid, size = frames[0][1], processor.image_processor.patch_size
-    pairs = []
-    for (first, _), (second, _) in zip(frames[::2], frames[1::2]):
-        patch = first.view(first.shape[0], 3, 2, size, size).clone()  # [n, channel, time, height, width]
-        patch[:, :, 1] = second.view_as(patch)[:, :, 1]
-        pairs.append(patch.flatten(1))
-    return torch.cat(pairs), torch.tensor([len(pairs), grid[1], grid[2]])
+    clip = torch.stack([patch for patch, _ in frames]).view(len(frames) // 2, 2, -1, 3, 2, size, size)[..., 0, :, :]  # one of the two equal copies
+    pairs = clip.permute(0, 2, 3, 1, 4, 5)  # [pair, frame, n, channel, height, width] -> [pair, n, channel, time, height, width]
+    return pairs.flatten(2).flatten(0, 1), torch.tensor([len(pairs), grid[1], grid[2]])
 
 
 def tokenize(tokenizer, text: str, plain: bool) -> list:
@@ -183,7 +181,7 @@ def encode(processor: Processor, model, parts: list, prefix: str = "", response:
 
     The chat template is rendered with a sentinel in the place of user text; template and user text are then tokenised apart, so user
     text cannot open a turn or add a placeholder. `prefix` is opened after the assistant's turn ("<think>"); `response`, for SFT, adds
-    its tokens and EOS, and "prompt_length" says where they begin."""
+    its tokens and EOS, and "prompt_length" says where they begin. UserError: longer than the model takes, or a medium that cannot be read."""
     tokenizer, kinds = processor.tokenizer, {model.config.image_token_id: 1, model.config.video_token_id: 2}
     parts = [part | {"video": data.fit_clips([part["video"]], limits.frames)[0]} if part["type"] == "video" else part for part in parts]
     tiled = model.config.model_type != "llava_onevision" or sum(part["type"] == "image" for part in parts) == 1
@@ -301,7 +299,6 @@ def generate(model, processor: Processor, prompts: list, group_size: int = 1, ma
     total = len(prompts) * group_size
     ids = torch.full((total, max_new_tokens), processor.tokenizer.pad_token_id, device=device)
     logprobs, lengths = torch.zeros(total, max_new_tokens, device=device), torch.full((total,), max_new_tokens, device=device)
-    truncated = torch.ones(total, dtype=torch.bool, device=device)
     seeds = torch.randint(2**32, (len(prompts),)).tolist() if seeds is None else seeds
     order = sorted(range(len(prompts)), key=lambda p: len(prompts[p]["ids"]))
     size = max(1, batch_rows // group_size)
@@ -327,7 +324,7 @@ def generate(model, processor: Processor, prompts: list, group_size: int = 1, ma
             live = rows[alive]
             ids[live, step], logprobs[live, step] = token[alive], chosen[alive]
             ended = alive & (token == eos)
-            lengths[rows[ended]], truncated[rows[ended]] = step + 1, False
+            lengths[rows[ended]] = step + 1
             alive = alive & ~ended
             left = int(alive.sum())
             if left == 0 or step + 1 == max_new_tokens:
@@ -341,7 +338,7 @@ def generate(model, processor: Processor, prompts: list, group_size: int = 1, ma
                            position_ids=(position + step)[None, :, None].expand(3, -1, 1), use_cache=True)
             logits = output.logits[:, -1]
     width = max(lengths.tolist(), default=0)
-    return Completions(ids[:, :width], lengths, logprobs[:, :width], truncated)
+    return Completions(ids[:, :width], lengths, logprobs[:, :width], ids.gather(1, lengths[:, None] - 1)[:, 0] != eos)
 
 
 def generate_texts(model, processor: Processor, prompts: list, prefix: str, group_size: int = 1, max_new_tokens: int = 2048, temperature: float = 1.0,
@@ -497,7 +494,7 @@ def read_clip(path: str, count: int, max_pixels: int) -> tuple:
 
 
 def read_image(path: str) -> Image.Image:
-    """An image file, or a frame of a clip: "clip.gif#3of8" is the third of eight spread evenly over it."""
+    """An image file, or a frame of a clip: "clip.gif#3of8" is the third of eight spread evenly over it. RGB; UserError says what is wrong."""
     frame = (found := re.fullmatch(r"(.+)#([0-9]{1,5})of([0-9]{1,5})", path)) and 0 < int(found[2]) <= int(found[3]) and found
     if not frame and path.lower().endswith(VIDEO_FILES):
         raise config.UserError(f"{path} is a video where an image belongs")
