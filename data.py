@@ -117,22 +117,19 @@ def build_prompt(sample: Sample, mode: str, style: str = "short", allow_tie: boo
     if sample.problem:
         text = sample.problem
     elif style == "short":
-        text = steps_text(sample.task, dimensions, STEPS) if mode == "think" else direct_text(sample.task, ties)
+        direct = f"Which is better, {noun} 1 or {noun} 2{', or are both equally good' if ties else ''}? Answer directly."
+        text = steps_text(sample.task, dimensions, STEPS) if mode == "think" else direct
     else:
-        allowed = list(verdict_strings(sample.task))[: 3 if ties else 2]
-        choices = " or ".join(f"<answer>{text}</answer>" for text in allowed)
-        asked = "how well it fits the caption and how well it is made" if is_generation(sample.task) else "how well it answers the question about what is shown"
+        choices = " or ".join(f"<answer>{text}</answer>" for text in list(verdict_strings(sample.task))[: 3 if ties else 2])
+        generation = "how well it fits the caption and how well it is made"
+        asked = generation if is_generation(sample.task) else "how well it answers the question about what is shown"
         text = f"Two candidates, {noun} 1 and {noun} 2, are to be compared by {asked}.\n"
-        if mode == "think":
-            text += (
-                f"Work inside <think> and </think>. Take these dimensions one after the other: {', '.join(dimensions)}; add one or two of your own "
-                f"only where the pair calls for it. Give each dimension a numbered item, and in it, for {noun} 1 and for {noun} 2, first what you "
-                f"observe and then a whole-number score from 1 to 10 written as (x/10). Close with a line that starts with \"Total score:\" and "
-                f"writes out both sums, for example \"{noun} 1: 7+8+6=21. {noun} 2: 9+6+5=20.\" The larger sum wins; keep the sums from being equal.\n"
-                f"Then, on a new line, write exactly one of: {choices}"
-            )
-        else:
-            text += f"Do not explain. Write exactly one of: {choices}"
+        text += f"Do not explain. Write exactly one of: {choices}" if mode == "answer" else (
+            f"Work inside <think> and </think>. Take these dimensions one after the other: {', '.join(dimensions)}; add one or two of your own "
+            f"only where the pair calls for it. Give each dimension a numbered item, and in it, for {noun} 1 and for {noun} 2, first what you "
+            f"observe and then a whole-number score from 1 to 10 written as (x/10). Close with a line that starts with \"Total score:\" and "
+            f"writes out both sums, for example \"{noun} 1: 7+8+6=21. {noun} 2: 9+6+5=20.\" The larger sum wins; keep the sums from being equal.\n"
+            f"Then, on a new line, write exactly one of: {choices}")
     return media_parts(sample) + [{"type": "text", "text": text}]
 
 
@@ -141,10 +138,6 @@ def steps_text(task: str, dimensions, steps) -> str:
     noun = candidate_noun(task)
     return f"Compare {noun} 1 and {noun} 2 on {', '.join(dimensions)}. Steps: {', '.join(steps)}."
 
-
-def direct_text(task: str, allow_tie: bool) -> str:
-    noun = candidate_noun(task)
-    return f"Which is better, {noun} 1 or {noun} 2{', or are both equally good' if allow_tie else ''}? Answer directly."
 
 
 def fill_template(template: str, sample: Sample, mode: str) -> str:
@@ -196,7 +189,8 @@ class Verdict:
     consistent: bool
 
 
-TAG = re.compile(r"</?(?:think|answer)>")
+INSIDE = r"(?:(?!</?(?:think|answer)>).)*"  # text without tags
+FORMAT = re.compile(rf"<think>(?!\s*</think>){INSIDE}</think>\s*<answer>{INSIDE}</answer>", re.DOTALL)
 HEADING = re.compile(r"(?:^|(?<=\s))\d{1,2}\. {0,3}\**([A-Za-z][A-Za-z &/-]{1,60}?)\** {0,3}:")
 NUMBER = r"\d{1,3}(?:\.\d)?"
 
@@ -214,11 +208,7 @@ def parse_answer(text: str, task: str) -> int | None:
 
 def parse_format(text: str) -> bool:
     """The whole text is one non-empty think block without tags inside, white space, one answer block, and nothing else."""
-    thought, closed, rest = text.partition("</think>")
-    rest = rest.lstrip()
-    inside = thought.removeprefix(THINK), rest.removeprefix("<answer>").removesuffix("</answer>")
-    whole = thought.startswith(THINK) and closed and rest.startswith("<answer>") and rest.endswith("</answer>")
-    return bool(whole and inside[0].strip() and not any(TAG.search(block) for block in inside))
+    return FORMAT.fullmatch(text) is not None
 
 
 def parse_verdict(text: str, task: str) -> Verdict:
@@ -228,9 +218,8 @@ def parse_verdict(text: str, task: str) -> Verdict:
     answer, format_ok = parse_answer(text, task), parse_format(text)
     thought, _, closing = text.partition("</think>")[0].rpartition(THINK)[2].partition("Total score")
     scores, reasons = {}, {}
-    headings = list(HEADING.finditer(thought))
-    for heading, following in zip(headings, headings[1:] + [None]):
-        item = thought[heading.end() : following.start() if following else len(thought)]
+    pieces = HEADING.split(thought)  # what stands before the first heading, then headings and items by turns
+    for heading, item in zip(pieces[1::2], pieces[2::2]):
         found = {}
         # Where candidates are announced with a colon only that binds: "Image 1: sharper than Image 2 (9/10)" scores Image 1.
         mention = rf"\b{noun} ([12])\b" + (r"\** {0,3}:" if re.search(rf"\b{noun} [12]\** {{0,3}}:", item) else "")
@@ -241,7 +230,7 @@ def parse_verdict(text: str, task: str) -> Verdict:
             elif candidate:
                 found.setdefault(candidate, []).append((float(match.group(2)), item[start : match.start()].strip()))
         if found and all(len(entries) == 1 for entries in found.values()):
-            dimension = heading.group(1).strip().lower()
+            dimension = heading.strip().lower()
             scores[dimension] = {k: entries[0][0] for k, entries in found.items()}
             reasons[dimension] = {k: entries[0][1] for k, entries in found.items()}
     stated = {}
@@ -270,7 +259,7 @@ def flat(item) -> list:
 
 
 def from_text(text: str, files: list) -> list:
-    """The inverse of `to_text`: an <image> takes one file, the <video>s share the rest evenly."""
+    """The inverse of `to_text`: an <image> takes one file, the <video>s share the rest evenly; ValueError where that does not come out."""
     pieces = re.split(r"(<image>|<video>)", text)
     clips = pieces.count("<video>")
     length = (len(files) - pieces.count("<image>")) // clips if clips else 0
@@ -303,12 +292,14 @@ def sft_row(sample: Sample, mode: str, response: str) -> dict:
 
 
 def row_sample(row: dict, root: Path) -> Sample:
-    """A row of any schema -> Sample. An official row without our parts is read by its verdict and its files."""
+    """A row of any schema -> Sample. An official row without our parts is read by its verdict and its files; ValueError where they do not tell."""
     files = [str(root / file) for file in flat(row.get("images", []))]
     text = row["solution"] if "solution" in row else row["conversations"][1]["value"] if "conversations" in row else ""
-    task = row.get("task") or infer_task(text, len(files) != 1 or "<video>" in f"{row.get('problem')}{row.get('conversations')}")
+    video = len(files) != 1 or "<video>" in f"{row.get('problem')}{row.get('conversations')}"
+    told = [task for task in TASKS if parse_answer(text, task) is not None][:: -1 if video else 1]  # the tasks of understanding share their verdicts
+    task = row.get("task") or next(iter(told), "")
     if task not in TASKS:
-        raise ValueError(f"unknown task {task!r}; one of " + ", ".join(TASKS))
+        raise ValueError((f"unknown task {task!r}; " if task else "no task and no verdict that tells it; ") + f'"task" is one of {", ".join(TASKS)}')
     clips = (2 if is_generation(task) else 1) if is_video(task) else 0
     if clips and len(files) % clips:
         raise ValueError(f"{len(files)} frames are no two videos of equal length")
@@ -321,29 +312,21 @@ def row_sample(row: dict, root: Path) -> Sample:
     return Sample(str(row.get("id", "")), task, *parts, label, known.get("scores", {}), known.get("reasons", {}), problem, known["response"])
 
 
-def infer_task(text: str, video: bool) -> str:
-    """The task of an official row, from its verdict's noun and whether a video is shown where that does not say it."""
-    noun = re.search(r"<answer>\s*(?:Both )?(image|video|answer)", text, re.IGNORECASE)
-    if not noun:
-        raise ValueError("no task and no verdict that tells it; add \"task\": one of " + ", ".join(TASKS))
-    named = noun.group(1).lower()
-    return f"{named}_generation" if named != "answer" else "video_understanding" if video else "image_understanding"
-
 
 def read_rows(path, read, choose=None, bad: list | None = None, label: str = "") -> list:
     """[read(row, folder of the file)] of a JSON lines file or a JSON list. `choose` picks among the rows; `bad` takes what is wrong with which
     line of the file, without it the first such row is fatal."""
     text = config.read_text(path)
+    listed = text.lstrip().startswith("[")
     try:
-        listed = json.loads(text) if text.lstrip().startswith("[") else None
+        lines = json.loads(text) if listed else text.split("\n")  # splitlines would cut at U+2028 too
     except (ValueError, RecursionError) as error:
         raise config.UserError(f"cannot read {path}: {error}")
-    lines = text.split("\n") if listed is None else listed  # splitlines would cut at U+2028 too
-    rows = [(f"{'line' if listed is None else 'row'} {number}", line) for number, line in enumerate(lines, 1) if listed or line.strip()]
+    rows = [(f"{'row' if listed else 'line'} {number}", line) for number, line in enumerate(lines, 1) if listed or line.strip()]
     made, rows = [], choose(rows) if choose else rows
     for place, row in config.progress(rows, label) if label else rows:
         try:
-            value = json.loads(row) if listed is None else row
+            value = row if listed else json.loads(row)
             json.dumps(value, ensure_ascii=False).encode()  # half a surrogate pair could be neither tokenised nor written again
             made.append(read(value, Path(path).parent))
         except (KeyError, ValueError, TypeError, IndexError, AttributeError, OSError, RecursionError, config.UserError) as error:
@@ -355,14 +338,6 @@ def read_rows(path, read, choose=None, bad: list | None = None, label: str = "")
     return made
 
 
-def read_jsonl(path) -> list:
-    return read_rows(path, lambda row, _: row)
-
-
-def read_samples(path) -> list:
-    return read_rows(path, row_sample)
-
-
 def row_conversation(row: dict, root: Path) -> tuple:
     """An SFT row -> (content parts, response text). A row with a sample's parts is prompted anew from them."""
     human, response = (turn["value"] for turn in row["conversations"])
@@ -371,8 +346,9 @@ def row_conversation(row: dict, root: Path) -> tuple:
     return from_text(human, [str(root / file) for file in row.get("images", [])]), response
 
 
-def read_conversations(path) -> list:
-    return read_rows(path, row_conversation)
+read_jsonl = lambda path: read_rows(path, lambda row, _: row)  # the rows of a file as they are; a fault in one is fatal
+read_samples = lambda path: read_rows(path, row_sample)  # as Samples
+read_conversations = lambda path: read_rows(path, row_conversation)  # as [(content parts, response)]
 
 
 def write_jsonl(path, rows) -> None:

@@ -34,8 +34,8 @@ import config
 import data
 import distill
 import model as M
-
-SPLITS = ("test", "heldout", "ties")
+import report
+from report import QUALITY, SPLITS, TIES, percent
 
 # ---------------------------------------------------------------------------------------------------------------- metrics
 
@@ -93,9 +93,9 @@ def tie_metrics(rows: list) -> dict:
 
 def judge(model, processor, samples: list, mode: str, own: config.Evaluate, allow_tie: bool = False, label: str = "", orders: tuple = (False,),
           style: str = "short", template: str = "", votes: int = 0) -> list:
-    """Judges each of `samples` in each of `orders` (False: as given, True: swapped, where it can be), greedily or `votes` times at temperature 1; one row per
-    judgement, those of a sample together. `template` replaces the text of the prompt. Without a processor `model` is the server: arguments of
-    distill.ask, which answers once."""
+    """Judges each of `samples` in each of `orders` (False: as given, True: swapped, where it can be), greedily or `votes` times at temperature 1;
+    one row per judgement, those of a sample together. `template` replaces the text of the prompt. Without a processor `model` is the server:
+    arguments of distill.ask, which answers once."""
     prefix, repeats = data.THINK if mode == "think" else "", votes or 1
     asked = [(s.swapped() if swapped else s, swapped) for s in samples for swapped in orders if s.turns or not swapped]
     shown = [config.dataclasses.replace(s, problem=data.fill_template(template, s, mode)) if template else s for s, _ in asked]
@@ -109,10 +109,10 @@ def judge(model, processor, samples: list, mode: str, own: config.Evaluate, allo
         verdict = data.parse_verdict(text, sample.task)
         cells = [(d, k) for d in sample.scores for k in (1, 2)]
         got = lambda found, truth: np.mean([found.get(d, {}).get(k) == truth[d][k - 1] for d, k in cells]) if cells else None
-        rows.append({"id": sample.id, "swapped": swapped, "task": sample.task, "mode": mode, "label": sample.label, "answer": verdict.answer,
-                     "text": text, "format_ok": verdict.format_ok, "sums_ok": verdict.sums_ok, "consistent": verdict.consistent,
-                     "totals": verdict.totals, "margin": verdict.totals[1] - verdict.totals[2] if len(verdict.totals) == 2 else None,
-                     "scores_right": got(verdict.scores, sample.scores), "facts_right": got(verdict.reasons, sample.reasons), "scores": verdict.scores, "truth": sample.scores})
+        read = {name: getattr(verdict, name) for name in ("answer", "format_ok", "sums_ok", "consistent", "totals", "scores")}
+        rows.append({"id": sample.id, "swapped": swapped, "task": sample.task, "mode": mode, "label": sample.label, "text": text, **read,
+                     "margin": verdict.totals[1] - verdict.totals[2] if len(verdict.totals) == 2 else None,
+                     "scores_right": got(verdict.scores, sample.scores), "facts_right": got(verdict.reasons, sample.reasons)})
     return rows
 
 
@@ -153,31 +153,23 @@ def judge_checkpoint(stage: str, mode: str, settings: config.Settings, out: Path
 # ------------------------------------------------------------------------------------------------------------------ table
 
 
-def percent(value: float) -> str:
-    return f"{100 * value:.1f}"
-
 
 def table(results: list) -> str:
     """The stage table as text: accuracy per task with its interval, then the quality of the reasoning."""
-    heads = [task.replace("_", " ").replace("understanding", "und.").replace("generation", "gen.") for task in data.TASKS] + ["mean"]
-    lines = []
-    for split, title in (("test", "accuracy % on the test split, both orders, 95% interval"), ("heldout", "accuracy % on colour-shape pairs never trained on")):
-        lines += [title, "  ".join([f"{'':<28}"] + [f"{head:>18}" for head in heads])]
-        for row in results:
-            cells = [row["splits"][split].get(scope) for scope in (*data.TASKS, "all")]
-            shown = [f"{percent(c['accuracy']):>5} [{percent(c['low']):>5},{percent(c['high']):>5}]".rjust(18) if c else f"{'-':>18}" for c in cells]
-            lines.append("  ".join([f"{row['name']:<28}"] + shown))
-        lines.append("")
-    names = (("format_ok", "format"), ("sums_ok", "sums right"), ("consistent", "follows"), ("scores_right", "scores right"), ("facts_right", "facts right"),
-             ("orders_agree", "orders agree"), ("first_chosen", "first chosen"), ("unreadable", "unreadable"))
-    lines += ["the reasoning on the test split, % (follows: sums add up and the verdict follows from them)", "  ".join([f"{'':<28}"] + [f"{head:>12}" for _, head in names])]
-    for row in results:
-        cell = row["splits"]["test"]["all"]
-        lines.append("  ".join([f"{row['name']:<28}"] + [f"{percent(cell[key]) if key in cell else '-':>12}" for key, _ in names]))
-    lines += ["", "generation pairs of which a third are ties, %", "  ".join([f"{'':<28}"] + [f"{head:>14}" for head in ("diff", "tau", "tau calibrated")])]
-    for row in results:
-        lines.append("  ".join([f"{row['name']:<28}"] + [f"{percent(row['ties'][key]) if key in row['ties'] else '-':>14}" for key in ("diff", "tau", "tau_calibrated")]))
-    return "\n".join(lines) + "\n"
+    def part(title, width, heads, cells):
+        line = lambda name, shown: "  ".join([f"{name:<28}"] + [f"{cell:>{width}}" for cell in shown])
+        return "\n".join([title, line("", heads)] + [line(row["name"], cells(row)) for row in results]) + "\n"
+
+    span = lambda c: f"{percent(c['accuracy']):>5} [{percent(c['low']):>5},{percent(c['high']):>5}]" if c else "-"
+    accuracy = lambda split: lambda row: [span(row["splits"][split].get(scope)) for scope in (*data.TASKS, "all")]
+    tasks = [task.replace("_", " ").replace("understanding", "und.").replace("generation", "gen.") for task in data.TASKS] + ["mean"]
+    return "\n".join([
+        part("accuracy % on the test split, both orders, 95% interval", 18, tasks, accuracy("test")),
+        part("accuracy % on colour-shape pairs never trained on", 18, tasks, accuracy("heldout")),
+        part("the reasoning on the test split, % (follows: sums add up and the verdict follows from them)", 12, QUALITY.values(),
+             lambda row: [percent(row["splits"]["test"]["all"].get(key)) for key in QUALITY]),
+        part("generation pairs of which a third are ties, %", 14, [name.replace("_", " ") for name in TIES],
+             lambda row: [percent(row["ties"].get(key)) for key in TIES])])
 
 
 # ------------------------------------------------------------------------------------------------------------------ stage
@@ -192,10 +184,9 @@ def after(stage: str, settings: config.Settings, out: Path) -> None:
 
 
 def run(stage: str, settings: config.Settings, folder: Path) -> str:
-    import report
-
     out = folder.parent
-    results = [{"name": name, "stage": checkpoint, "mode": mode} | judge_checkpoint(checkpoint, mode, settings, out) for name, checkpoint, mode in config.ROWS]
+    results = [{"name": name, "stage": checkpoint, "mode": mode} | judge_checkpoint(checkpoint, mode, settings, out)
+               for name, checkpoint, mode in config.ROWS]
     config.write_text(folder / "results.json", json.dumps({"rows": results}, indent=1))
     config.write_text(folder / "table.txt", table(results))
     if config.is_main():
@@ -259,7 +250,8 @@ def read_benchmark(name: str, paths: list, media: str | None = None) -> tuple:
                 found = data.fit_clips(found) if data.is_video(task) else found
                 answers = row["response"] if said == "response" else [row[key] for key in said.split("|") if key]
                 prompt, key = re.sub(r"<(?:image|video)>\n?", "", row[asked]), str(row.get("id", ""))
-                if not all(text.strip() and text.encode() for text in (prompt, *answers)) or (said and (len(answers) != 2 or isinstance(answers, str))):
+                empty = not all(text.strip() and text.encode() for text in (prompt, *answers))
+                if empty or said and (len(answers) != 2 or isinstance(answers, str)):
                     raise ValueError("empty prompt or answer, or there are not two answers")
                 key = f"{key}#{file.name}:{number}" if not key or key in samples else key  # some lists have no ids or repeat one
                 samples[key] = data.Sample(key, task, prompt, found, list(answers), LABELS[str(row[label])] if label else 1)
@@ -310,7 +302,7 @@ def bench(options) -> None:
     print("".join(f"left out: {line}\n" for line in broken) + f"{source}, {options.mode}: {len(broken)} broken rows left out; {out}")
     print(f"{'%':<16}accuracy  95% interval   pairs  unreadable  orders agree")
     for name, cell in cells.items():
-        unreadable, agree = (percent(cell[key]) if key in cell else "-" for key in ("unreadable", "orders_agree"))
+        unreadable, agree = percent(cell.get("unreadable")), percent(cell.get("orders_agree"))
         span = f"[{percent(cell['low'])}, {percent(cell['high'])}]"
         print(f"{name:<16}{percent(cell['accuracy']):>8}{span:>14}{cell.get('pairs', '-'):>8}{unreadable:>12}{agree:>14}")
 

@@ -56,9 +56,7 @@ class Processor:
         return self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
 
-def device_of(model) -> torch.device:
-    return next(model.parameters()).device
-
+device_of = lambda model: next(model.parameters()).device
 
 # ----------------------------------------------------------------------------------------------------------- load and save
 
@@ -66,7 +64,7 @@ def device_of(model) -> torch.device:
 def load(path: str, dtype: torch.dtype | None = None, shard: bool = False) -> tuple:
     """(model in eval mode, Processor) of one of BACKBONES, from a Hugging Face folder or hub name. bf16 on a GPU (sft.optimizer_for keeps fp32
     weights beside it); fp32 on the CPU, where bf16 is far slower, and for small models, which gain nothing. `shard`, under torchrun: this process
-    keeps its part of the weights, in fp32, and FSDP2 fetches the rest of a layer, rounded so, while the layer runs."""
+    keeps its part of the weights, in fp32, and FSDP2 fetches the rest of a layer, rounded so, while the layer runs. UserError: nothing to load."""
     if not Path(path).is_dir() and Path(path).is_absolute():
         raise config.UserError(f"no model folder {path}")
     gpu, optional = torch.cuda.is_available(), {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
@@ -114,10 +112,9 @@ def gather_weights(model, whole: bool) -> None:
 
 def save(model, processor: Processor, folder: Path, dtype: torch.dtype | None = None) -> None:
     """An ordinary Hugging Face folder. `dtype`: precision of the written weights only."""
-    state = {}
-    for name, value in model.named_parameters():  # tied weights once
-        value = value.detach().full_tensor().to(model.config.dtype) if isinstance(value, DTensor) else value.detach()  # all processes together
-        state |= {name: value.to("cpu", dtype)} if config.is_main() else {}
+    whole = lambda value: value.full_tensor().to(model.config.dtype) if isinstance(value, DTensor) else value  # all processes together
+    place = "cpu" if config.is_main() else "meta"  # which holds nothing
+    state = {name: whole(value.detach()).to(place, dtype) for name, value in model.named_parameters()}  # tied weights once
     if not config.is_main():
         return
     model.save_pretrained(folder, state_dict=state)
@@ -140,7 +137,8 @@ def freeze_vision(model) -> None:
 
 
 def image_patches(processor: Processor, path: str, tiled: bool = True) -> tuple:
-    """(pixels, grid) of one file as its backbone takes them; a gigabyte is kept, as every epoch and every group asks for them again."""
+    """(patches [n, d], or tiles [n, 3, height, width]; grid [3]) of one file as its backbone takes them, fp32; a gigabyte is kept, as every
+    epoch and every group asks for them again."""
     if (path, tiled) not in processor.patches:
         image = read_image(path)
         made = processor.image_processor(images=[image] if tiled else [[image] * 2], return_tensors="pt")
@@ -166,12 +164,9 @@ def encode_media(processor: Processor, part: dict, tiled: bool = True) -> tuple:
         raise config.UserError(f"the frames of {part['video'][0]} ... differ in size")
     frames += frames[-1:] * (len(frames) % 2)
     grid, size = frames[0][1], processor.image_processor.patch_size
-    pairs = []
-    for (first, _), (second, _) in zip(frames[::2], frames[1::2]):
-        patch = first.view(first.shape[0], 3, 2, size, size).clone()  # [n, channel, time, height, width]
-        patch[:, :, 1] = second.view_as(patch)[:, :, 1]
-        pairs.append(patch.flatten(1))
-    return torch.cat(pairs), torch.tensor([len(pairs), grid[1], grid[2]])
+    clip = torch.stack([patch for patch, _ in frames]).view(len(frames) // 2, 2, -1, 3, 2, size, size)[..., 0, :, :]  # one of the two equal copies
+    pairs = clip.permute(0, 2, 3, 1, 4, 5)  # [pair, frame, n, channel, height, width] -> [pair, n, channel, time, height, width]
+    return pairs.flatten(2).flatten(0, 1), torch.tensor([len(pairs), grid[1], grid[2]])
 
 
 def tokenize(tokenizer, text: str, plain: bool) -> list:
@@ -182,37 +177,38 @@ def tokenize(tokenizer, text: str, plain: bool) -> list:
 
 
 def encode(processor: Processor, model, parts: list, prefix: str = "", response: str | None = None) -> dict:
-    """One prompt as tensors: ids [L], types [L] (0 text, 1 image, 2 video), positions [3, L], patches and grids.
+    """One prompt as tensors: ids [L], types [L] (0 text, 1 image, 2 video), positions [3, L]; for types 1 and 2, patches [n, d] and grids [media, 3].
 
     The chat template is rendered with a sentinel in the place of user text; template and user text are then tokenised apart, so user
     text cannot open a turn or add a placeholder. `prefix` is opened after the assistant's turn ("<think>"); `response`, for SFT, adds
-    its tokens and EOS, and "prompt_length" says where they begin."""
+    its tokens and EOS, and "prompt_length" says where they begin. UserError: longer than the model takes, or a medium that cannot be read."""
     tokenizer, kinds = processor.tokenizer, {model.config.image_token_id: 1, model.config.video_token_id: 2}
     parts = [part | {"video": data.fit_clips([part["video"]], limits.frames)[0]} if part["type"] == "video" else part for part in parts]
-    texts, *media = ([part for part in parts if part["type"] == name] for name in ("text", "image", "video"))
-    tiled = model.config.model_type != "llava_onevision" or len(media[0]) == 1
-    ids, texts, grids, patches = [], iter(texts), {1: [], 2: []}, {1: [], 2: []}
+    tiled = model.config.model_type != "llava_onevision" or sum(part["type"] == "image" for part in parts) == 1
+    texts, *media = (iter([part for part in parts if part["type"] == name]) for name in ("text", "image", "video"))
+    ids, grids, patches = [], {1: [], 2: []}, {1: [], 2: []}
     for piece in rendered_template(tokenizer, tuple(part["type"] for part in parts)):
         if piece == SENTINEL:
             ids += tokenize(tokenizer, next(texts)["text"], plain=True)
         elif kind := kinds.get(piece):
-            part = media[kind - 1][len(grids[kind])]  # LLaVA's template shows all images before all videos
+            part = next(media[kind - 1])  # LLaVA's template shows all images before all videos
             patch, grid = encode_media(processor, part, tiled)
             ids += placeholders(tokenizer, model, part, piece, grid)
             grids[kind].append(grid)
             patches[kind].append(patch)
         else:
             ids.append(piece)
-    if [len(shown) for shown in grids.values()] != [len(given) for given in media]:
+    if any(map(list, media)):
         raise config.UserError("the chat template leaves out an image or a video of the prompt")
-    tail = tokenize(tokenizer, prefix, plain=True)
-    prompt_length = len(ids) + len(tail)
+    ids += tokenize(tokenizer, prefix, plain=True)
+    prompt_length = len(ids)
     if response is not None:
-        tail = tail + tokenize(tokenizer, response, plain=True) + [tokenizer.eos_token_id]
-    if len(ids + tail) > (most := model.config.text_config.max_position_embeddings):
-        raise config.UserError(f"{len(ids + tail)} tokens, and the model takes {most}: {[part['text'][:80] for part in parts if 'text' in part]}")
-    ids, types = torch.tensor(ids + tail), torch.tensor([kinds.get(token, 0) for token in ids + tail])
-    grids, patches = ({k: join(found) if found else None for k, found in made.items()} for made, join in ((grids, torch.stack), (patches, torch.cat)))
+        ids += tokenize(tokenizer, response, plain=True) + [tokenizer.eos_token_id]
+    if len(ids) > (most := model.config.text_config.max_position_embeddings):
+        raise config.UserError(f"{len(ids)} tokens, and the model takes {most}: {[part['text'][:80] for part in parts if 'text' in part]}")
+    ids, types = torch.tensor(ids), torch.tensor([kinds.get(token, 0) for token in ids])
+    grids = {kind: torch.stack(found) if found else None for kind, found in grids.items()}
+    patches = {kind: torch.cat(found) if found else None for kind, found in patches.items()}
     positions = torch.arange(len(ids)).expand(3, -1)
     if hasattr(model.model, "get_rope_index") and len(types.unique()) > 1:
         positions = model.model.get_rope_index(ids[None], mm_token_type_ids=types[None], image_grid_thw=grids[1], video_grid_thw=grids[2])[0][:, 0]
@@ -224,27 +220,20 @@ def rendered_template(tokenizer, kinds: tuple) -> tuple:
     """Token ids of the chat template around parts of these kinds, with SENTINEL where user text goes."""
     parts = [{"type": "text", "text": SENTINEL} if kind == "text" else {"type": kind} for kind in kinds]
     text = tokenizer.apply_chat_template([{"role": "user", "content": parts}], add_generation_prompt=True, tokenize=False)
-    pieces = []
-    for k, piece in enumerate(text.split(SENTINEL)):
-        pieces += ([SENTINEL] if k else []) + tokenize(tokenizer, piece, plain=False)
-    return tuple(pieces)
+    return tuple(token for piece in text.split(SENTINEL) for token in (SENTINEL, *tokenize(tokenizer, piece, plain=False)))[1:]
 
 
 def collate(encoded: list, side: str, pad_id: int, device) -> dict:
     """Inputs of the model's forward for a batch, padded on `side` ("left" to continue, "right" to train). Patches follow row order."""
     length = max(len(e["ids"]) for e in encoded)
     pad = lambda x, value: F.pad(x, (length - x.shape[-1], 0) if side == "left" else (0, length - x.shape[-1]), value=value)
-    batch = {
-        "input_ids": torch.stack([pad(e["ids"], pad_id) for e in encoded]),  # [B, L]
-        "attention_mask": torch.stack([pad(torch.ones_like(e["ids"]), 0) for e in encoded]),  # [B, L]
-        "position_ids": torch.stack([pad(e["positions"], 0) for e in encoded], dim=1),  # [3, B, L]
-        "mm_token_type_ids": torch.stack([pad(e["types"], 0) for e in encoded]),  # [B, L]
-    }
+    batch = {"input_ids": torch.stack([pad(e["ids"], pad_id) for e in encoded]),  # [B, L]
+             "attention_mask": torch.stack([pad(torch.ones_like(e["ids"]), 0) for e in encoded]),  # [B, L]
+             "position_ids": torch.stack([pad(e["positions"], 0) for e in encoded], dim=1),  # [3, B, L]
+             "mm_token_type_ids": torch.stack([pad(e["types"], 0) for e in encoded])}  # [B, L]
     for kind, pixels, grid in ((1, "pixel_values", "image_grid_thw"), (2, "pixel_values_videos", "video_grid_thw")):
-        rows = [e for e in encoded if e["grids"][kind] is not None]
-        if rows:
-            batch[pixels] = torch.cat([e["patches"][kind] for e in rows])
-            batch[grid] = torch.cat([e["grids"][kind] for e in rows])
+        if rows := [e for e in encoded if e["grids"][kind] is not None]:
+            batch |= {pixels: torch.cat([e["patches"][kind] for e in rows]), grid: torch.cat([e["grids"][kind] for e in rows])}
     return {key: value.to(device, non_blocking=True) for key, value in batch.items()}
 
 
@@ -310,7 +299,6 @@ def generate(model, processor: Processor, prompts: list, group_size: int = 1, ma
     total = len(prompts) * group_size
     ids = torch.full((total, max_new_tokens), processor.tokenizer.pad_token_id, device=device)
     logprobs, lengths = torch.zeros(total, max_new_tokens, device=device), torch.full((total,), max_new_tokens, device=device)
-    truncated = torch.ones(total, dtype=torch.bool, device=device)
     seeds = torch.randint(2**32, (len(prompts),)).tolist() if seeds is None else seeds
     order = sorted(range(len(prompts)), key=lambda p: len(prompts[p]["ids"]))
     size = max(1, batch_rows // group_size)
@@ -336,7 +324,7 @@ def generate(model, processor: Processor, prompts: list, group_size: int = 1, ma
             live = rows[alive]
             ids[live, step], logprobs[live, step] = token[alive], chosen[alive]
             ended = alive & (token == eos)
-            lengths[rows[ended]], truncated[rows[ended]] = step + 1, False
+            lengths[rows[ended]] = step + 1
             alive = alive & ~ended
             left = int(alive.sum())
             if left == 0 or step + 1 == max_new_tokens:
@@ -350,7 +338,7 @@ def generate(model, processor: Processor, prompts: list, group_size: int = 1, ma
                            position_ids=(position + step)[None, :, None].expand(3, -1, 1), use_cache=True)
             logits = output.logits[:, -1]
     width = max(lengths.tolist(), default=0)
-    return Completions(ids[:, :width], lengths, logprobs[:, :width], truncated)
+    return Completions(ids[:, :width], lengths, logprobs[:, :width], ids.gather(1, lengths[:, None] - 1)[:, 0] != eos)
 
 
 def generate_texts(model, processor: Processor, prompts: list, prefix: str, group_size: int = 1, max_new_tokens: int = 2048, temperature: float = 1.0,
@@ -397,8 +385,9 @@ def completion_logprobs(model, processor: Processor, prompts: list, ids: torch.T
         cache.batch_repeat_interleave(group_size)
         logits = prefill.logits.repeat_interleave(group_size, 0)  # [B, 1, V] predicts the first completion token
         if width > 1:
-            rest = model(input_ids=ids[:, :-1], attention_mask=full_mask[:, :-1], position_ids=positions[:, :, :-1], past_key_values=cache, use_cache=True).logits
-            logits = torch.cat([logits, rest], 1)  # [B, T, V]
+            rest = model(input_ids=ids[:, :-1], attention_mask=full_mask[:, :-1], position_ids=positions[:, :, :-1],
+                         past_key_values=cache, use_cache=True)
+            logits = torch.cat([logits, rest.logits], 1)  # [B, T, V]
     else:
         inputs |= {"input_ids": torch.cat([inputs["input_ids"], ids], 1), "attention_mask": full_mask,
                    "position_ids": torch.cat([inputs["position_ids"], positions], 2),
@@ -457,7 +446,8 @@ def llava_inputs(module, args, inputs: dict) -> tuple:
 limits = config.Data()  # pixels and frames of what is shown in this process; config.main puts the run's own here
 MAX_FRAMES, VIDEO_FILES = 10_000, (".mp4", ".webm", ".mov", ".mkv", ".avi", ".m4v")  # five minutes at 30 a second; read by PyAV
 MAX_PIXELS, FORMATS = 2**26, ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")  # others may start programs (EPS: Ghostscript)
-BROKEN = (OSError, ValueError, TypeError, LookupError, ArithmeticError, RuntimeError, SyntaxError, EOFError, struct.error, Image.DecompressionBombError)
+BROKEN = (OSError, ValueError, TypeError, LookupError, ArithmeticError, RuntimeError, SyntaxError, EOFError, struct.error,
+          Image.DecompressionBombError)
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -504,7 +494,7 @@ def read_clip(path: str, count: int, max_pixels: int) -> tuple:
 
 
 def read_image(path: str) -> Image.Image:
-    """An image file, or a frame of a clip: "clip.gif#3of8" is the third of eight spread evenly over it."""
+    """An image file, or a frame of a clip: "clip.gif#3of8" is the third of eight spread evenly over it. RGB; UserError says what is wrong."""
     frame = (found := re.fullmatch(r"(.+)#([0-9]{1,5})of([0-9]{1,5})", path)) and 0 < int(found[2]) <= int(found[3]) and found
     if not frame and path.lower().endswith(VIDEO_FILES):
         raise config.UserError(f"{path} is a video where an image belongs")

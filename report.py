@@ -1,13 +1,12 @@
 """The report: a run folder as one HTML file that opens anywhere, without network and without a server.
 
 It says what every stage reported, how well each checkpoint judges and reasons, how the training went, and lets the reader leaf through
-judged pairs with what every stage said about them side by side. Stages and files that are missing are left out, so it can be written
-while a run is still going.
+judged pairs with what every stage said about them side by side.
 
 Captions, answers and model text are somebody else's: in the markup they are escaped; to the script they go as JSON in which every "<"
 is escaped, and it shows them as text nodes only; the page's policy lets no other script run and nothing be loaded.
 
-    python report.py runs/small        writes runs/small/evaluate/report.html
+    python report.py runs/small        writes runs/small/evaluate/report.html, also while the run is going: what is missing is left out
 """
 
 import base64
@@ -31,89 +30,40 @@ SPLITS = ("test", "heldout", "ties")
 PAIRS, BYTES = 400, 12_000_000  # at most so many pairs in the browser, and so much JSON, pictures included
 FRAMES, SIDE = 8, 192  # at most so many frames of a clip, and no picture larger than this
 
-STAGE_TEXT = {
-    "data": "Draws the small world: pairs of candidates whose every score is known, as a training pool and as tests.",
-    "base": "Learns to see, name, rate, add up and answer directly, but never a whole chain of thought. It stands for the pretrained reward model.",
-    "distill": "A teacher writes its reasoning on image generation pairs; only what ends in the right verdict is kept.",
-    "cold_start": "Fine-tuning on the kept reasoning. It teaches the format: dimensions, scores, sums, verdict.",
-    "rejection": "The cold-started model judges all four tasks. What it gets right becomes training text, what it gets wrong is left for GRPO.",
-    "rejection_sft": "Fine-tuning on the model's own correct reasoning, which carries the format to all four tasks.",
-    "direct_sft": "A control: the pairs of the stage before, with the bare verdict in place of the reasoning.",
-    "grpo": "Reinforcement learning on pairs that were judged wrongly: of several judgements of each pair, the better ones are made likelier.",
-    "grpo_direct": "A control: the same reinforcement learning from the base, without reasoning.",
-}
-QUALITY = {  # metric of evaluate.summarise: (column, what it is the share of)
-    "format_ok": ("format kept", "texts that are one think block and one answer block, to the letter"),
-    "sums_ok": ("sums right", "texts whose stated totals are the sums of their scores"),
-    "consistent": ("verdict follows", "texts whose sums are right and whose verdict names the larger one"),
-    "scores_right": ("scores right", "scores that equal the true ones"),
-    "facts_right": ("facts right", "observations that equal the true ones word for word"),
-    "orders_agree": ("orders agree", "pairs on which the verdict stays with the same candidate when the two change places"),
-    "first_chosen": ("first chosen", "verdicts for the candidate shown first; far from 50, place decides instead of quality"),
-    "unreadable": ("unreadable", "texts without exactly one allowed verdict; they count as wrong"),
-}
+QUALITY = {  # metric of evaluate.summarise: its column
+    "format_ok": "format", "sums_ok": "sums right", "consistent": "follows", "scores_right": "scores right", "facts_right": "facts right",
+    "orders_agree": "orders agree", "first_chosen": "first chosen", "unreadable": "unreadable"}
 TIES = {"diff": "pairs with a winner", "tau": "all pairs", "tau_calibrated": "all pairs, close totals read as ties"}
-CURVES = {  # metric of grpo.py: (title, y axis, what it shows and what it looks like when it goes wrong)
-    "reward_accuracy": ("Accuracy reward", "share", "Sampled judgements with the right verdict. It should climb; "
-                        "flat from the start means that nothing is learnt, a climb and then a fall that the learning rate is too high."),
-    "reward_format": ("Format reward", "share", "Sampled texts that keep the format. It should stay near 1; a drop means that the policy is coming apart."),
-    "kl": ("KL to the reference", "nats per token", "How far the policy has moved from the model that entered the stage. It rises slowly from 0; "
-           "a leap is often the first sign of collapse, and 0 throughout means that beta is 0 or nothing moves."),
-    "length": ("Length", "tokens", "Mean length of a completion. It should keep level, since the format sets it; "
-               "a run up to the limit means texts that never end, a fall to a few tokens that reasoning was dropped."),
-    "entropy": ("Entropy", "nats per token", "How undecided the policy is at each token. It falls slowly; "
-                "near 0 all texts of a group are alike and nothing is left to compare, and a rise means that the text turns to noise."),
-    "zero_variance_share": ("Groups of equal rewards", "share", "Groups in which every completion earned the same and which therefore teach nothing. "
-                            "Close to 1, the pairs are all too easy or all too hard and the stage stands still."),
-    "clip_share": ("Clipped tokens", "share", "Tokens whose probability moved too far to count. Exactly 0 with one update per rollout; "
-                   "with several, a large share means that the steps are too big."),
-    "grad_norm": ("Gradient norm", "before clipping", "Size of each update's gradient. Noisy but level is healthy; "
-                  "spikes followed by a loss of reward ask for a lower learning rate, and 0 means that all groups had equal rewards."),
-}
-LOSSES = {  # stage: (title, what its loss looks like when all is well and when it is not)
-    "base": ("Base", "Pictures are named first; then the exercises begin and the loss jumps once. A long plateau: the model writes but does not see."),
-    "cold_start": ("Cold start", "Falls fast while the format is learnt, then slowly while the content is. Near 0, the examples were learnt by heart."),
-    "rejection_sft": ("Rejection-sampled SFT", "Starts low, since the text is the model's own; a high start means that it was sampled from some other model."),
-    "direct_sft": ("Direct SFT, control", "All of a verdict but one word is fixed, so it is low at once; if it then stays level, that word is a guess."),
-}
+CURVES = {  # metric of metrics.jsonl: unit of its y axis
+    "loss": "nats per token", "reward_accuracy": "share", "reward_format": "share", "kl": "nats per token", "length": "tokens",
+    "entropy": "nats per token", "zero_variance_share": "share", "clip_share": "share", "grad_norm": "before clipping"}
 
 # ---------------------------------------------------------------------------------------------------------------- reading
 
 
-def read_json(path: Path) -> dict:
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-
-
 def read_rows(path: Path) -> list:
-    """Rows of a JSON lines file that may be growing: the line that is just being written is left out."""
-    rows = []
-    for line in path.read_text(encoding="utf-8", errors="replace").split("\n") if path.is_file() else []:
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            continue
-    return rows
+    """Rows of a JSON lines file that may be growing: the line that is just being written, without its end, is left out."""
+    whole = path.read_bytes().rpartition(b"\n")[0] if path.is_file() else b""
+    return [json.loads(line) for line in whole.decode().split("\n") if line]
 
 
 def read_results(out: Path) -> list:
-    """The rows of the stage table. While the run is going there are only the files of the checkpoints judged so far."""
-    rows = {(row["stage"], row["mode"]): row for row in read_json(out / "evaluate" / "results.json").get("rows", [])}
-    for stage in config.STAGES:
-        for mode in ("answer", "think"):
-            if judged := read_json(out / "evaluate" / f"{stage}-{mode}.json"):
-                rows[stage, mode] = {"name": f"{stage}, {mode}", "stage": stage, "mode": mode} | rows.get((stage, mode), {}) | judged
-    return list(rows.values())
+    """The rows of the stage table, of the checkpoints judged so far: evaluate.py writes a file for each."""
+    files = {row: out / "evaluate" / f"{row[1]}-{row[2]}.json" for row in config.ROWS}
+    return [dict(zip(("name", "stage", "mode"), row)) | json.loads(file.read_text()) for row, file in files.items() if file.is_file()]
 
 
 # ----------------------------------------------------------------------------------------------------------------- tables
 
 
-def percent(value) -> str:
-    return "–" if value is None or not math.isfinite(value) else f"{100 * value:.1f}"
+def percent(value: float | None) -> str:
+    return "-" if value is None else f"{100 * value:.1f}"
 
 
 def table(heads: list, lines: list) -> str:
     """`lines` hold finished markup; the first cell of each is its name."""
+    if not lines:
+        return '<p class="muted">No checkpoint has been judged yet.</p>'
     head = "".join(f'<th scope="col">{text}</th>' for text in heads)
     body = "".join(f'<tr><th scope="row">{name}</th>{"".join(f"<td>{cell}</td>" for cell in cells)}</tr>' for name, *cells in lines)
     return f'<div class="scroll"><table><thead><tr><td></td>{head}</tr></thead><tbody>{body}</tbody></table></div>'
@@ -121,44 +71,26 @@ def table(heads: list, lines: list) -> str:
 
 def accuracy_cell(cell: dict) -> str:
     if not cell:
-        return "–"
+        return "-"
     value, low, high = (percent(cell[key]) for key in ("accuracy", "low", "high"))
     return f"""<b>{value}</b> <small>{low}–{high}</small><svg class="meter" viewBox="0 0 100 8" preserveAspectRatio="none" aria-hidden="true">
 <rect class="fill" width="{value}" height="8"/><path d="M50 0V8"/><path class="whisker" d="M{low} 4H{high}"/></svg>"""
 
 
-def results_section(results: list) -> str:
-    if not results:
-        return '<p class="muted">No checkpoint has been judged yet.</p>'
+def result_tables(results: list) -> dict:
     lines = lambda cells: [[escape(row["name"]), *cells(row)] for row in results]
-    scores = lambda split: lines(lambda row: [accuracy_cell(row["splits"].get(split, {}).get(scope)) for scope in (*data.TASKS, "all")])
+    accuracy = lambda split: lines(lambda row: [accuracy_cell(row["splits"][split].get(scope)) for scope in (*data.TASKS, "all")])
     heads = [task.replace("_", " ") for task in data.TASKS] + ["mean"]
-    quality = lines(lambda row: [percent(row["splits"].get("test", {}).get("all", {}).get(key)) for key in QUALITY])
-    ties = lines(lambda row: [percent(row.get("ties", {}).get(key)) for key in TIES])
-    meaning = "".join(f"<dt>{column}</dt><dd>{text}</dd>" for column, text in QUALITY.values())
-    return f"""<h3>Accuracy on the test pairs, %</h3>{table(heads, scores("test"))}
-<h3>Accuracy on pairs that turn on a colour and a shape never trained on together, %</h3>{table(heads, scores("heldout"))}
-<p class="muted">Small figures, and the thin line across each bar: the 95% interval over pairs. Mark at 50%: what guessing earns. Two rows whose
-intervals overlap widely have not been told apart.</p>
-<h3>Quality of the reasoning on the test pairs, %</h3>{table([column for column, _ in QUALITY.values()], quality)}
-<details><summary>What the columns count</summary><dl>{meaning}</dl></details>
-<h3>Accuracy on generation pairs of which some are ties, %</h3>{table(list(TIES.values()), ties)}"""
-
-
-def stages_section(out: Path) -> str:
-    items = ""
-    for stage, text in STAGE_TEXT.items():
-        done = read_json(out / stage / "done.json")
-        state = f'{escape(str(done["made"]))} ({done["seconds"]:,.0f} s)' if done else "not finished" if (out / stage).is_dir() else "not run yet"
-        items += f'<li><b>{stage}</b> {text} <span class="{"made" if done else "muted"}">{state}</span></li>'
-    return f'<ol>{items}</ol>'
+    quality = lines(lambda row: [percent(row["splits"]["test"]["all"].get(key)) for key in QUALITY])
+    return {"test": table(heads, accuracy("test")), "heldout": table(heads, accuracy("heldout")), "quality": table(QUALITY.values(), quality),
+            "ties": table(TIES.values(), lines(lambda row: [percent(row["ties"].get(key)) for key in TIES]))}
 
 
 # ----------------------------------------------------------------------------------------------------------------- curves
 
 
-def curve(values: list, title: str, unit: str, sentence: str) -> str:
-    """One panel: every step as a thin line, the mean of its neighbourhood as a thick one."""
+def curve(values: list, name: str, unit: str) -> str:
+    """Every step as a thin line, the mean of its neighbourhood as a thick one; nothing where there are no values."""
     values = [value for value in values if isinstance(value, (int, float)) and math.isfinite(value)]
     if not values:
         return ""
@@ -168,23 +100,23 @@ def curve(values: list, title: str, unit: str, sentence: str) -> str:
     high = 1.0 if unit == "share" and max(values) > 0.2 else max(values) if max(values) > low else low + 1
     x, y = lambda k: 44 + 246 * k / max(1, count - 1), lambda value: 122 - 106 * (value - low) / (high - low)
     points = lambda line: " ".join(f"{x(k):.1f},{y(line[k]):.1f}" for k in range(0, count, math.ceil(count / 400)))
+    said = f"{name}: from {smooth[0]:.3g} to {smooth[-1]:.3g} in {count} steps"
     ticks = "".join(f'<path class="rule" d="M44 {y(value):.1f}H290"/><text x="40" y="{y(value) + 3:.1f}" class="end">{value:.3g}</text>'
                     for value in (low, (low + high) / 2, high))
-    return f"""<figure><h4>{title}</h4><svg viewBox="0 0 300 140" role="img" aria-label="{title}: from {smooth[0]:.3g} to {smooth[-1]:.3g} in {count} steps">
-{ticks}<text x="44" y="9">{unit}</text><text x="44" y="136">1</text><text x="167" y="136" class="mid">step</text><text x="290" y="136" class="end">{count}</text>
-<polyline class="raw" points="{points(values)}"/><polyline points="{points(smooth)}"/></svg><figcaption>{sentence}</figcaption></figure>"""
+    return f"""<svg viewBox="0 0 300 140" role="img" aria-label="{said}">{ticks}<text x="44" y="9">{unit}</text>
+<text x="44" y="136">1</text><text x="167" y="136" class="mid">step</text><text x="290" y="136" class="end">{count}</text>
+<polyline class="raw" points="{points(values)}"/><polyline points="{points(smooth)}"/></svg>"""
 
 
-def curves_section(out: Path) -> str:
-    made = ""
-    for stage, title in (("grpo", "GRPO"), ("grpo_direct", "GRPO without reasoning, the control")):
-        rows = read_rows(out / stage / "metrics.jsonl")
-        panels = "".join(curve([row.get(key) for row in rows], *words) for key, words in CURVES.items())
-        made += f'<h3>{title}</h3><div class="panels">{panels}</div>' if panels else ""
-    losses = "".join(curve([row.get("loss") for row in read_rows(out / stage / "metrics.jsonl")], title, "nats per token", sentence)
-                     for stage, (title, sentence) in LOSSES.items())
-    made += f'<h3>Loss of the fine-tuning stages</h3><div class="panels">{losses}</div>' if losses else ""
-    return made or '<p class="muted">No training has begun.</p>'
+def states_and_curves(out: Path) -> dict:
+    """{"STAGE_state": what the stage reported, "STAGE_METRIC": a curve} for every stage."""
+    made = {}
+    for stage in config.STAGES:
+        done, rows = config.done(stage, out), read_rows(out / stage / "metrics.jsonl")
+        state = f'{escape(str(done["made"]))} ({done["seconds"]:,.0f} s)' if done else "not finished" + f", {len(rows)} steps so far" * bool(rows)
+        made[f"{stage}_state"] = f'<span class="{"made" if done else "muted"}">{state}</span>'
+        made |= {f"{stage}_{key}": curve([row.get(key) for row in rows], key, unit) for key, unit in CURVES.items()}
+    return made
 
 
 # ------------------------------------------------------------------------------------------------------- browser of pairs
@@ -238,10 +170,8 @@ def choose_pairs(samples: dict, judged: list) -> list:
 
 def browser_data(out: Path, results: list) -> dict:
     """What the script shows: {"stages": [name], "full": index of the full model's, "pairs": [...], "of": number of judged pairs}."""
-    samples = {}
-    for split in SPLITS:
-        file = out / "data" / f"{split}.jsonl"
-        samples |= {(split, sample.id): sample for sample in (data.read_samples(file) if file.is_file() else [])}
+    drawn = {split: out / "data" / f"{split}.jsonl" for split in SPLITS}
+    samples = {(split, sample.id): sample for split, file in drawn.items() if file.is_file() for sample in data.read_samples(file)}
     files = [out / "evaluate" / f"{row['stage']}-{row['mode']}.jsonl" for row in results]
     judged = [{(row["split"], row["id"]): row for row in read_rows(file) if not row["swapped"]} for file in files]
     chosen, pairs, size = choose_pairs(samples, judged), [], 0
@@ -267,10 +197,10 @@ def write(out: Path) -> Path:
     results = read_results(out)
     judged = browser_data(out, results)
     page = (config.ROOT / "report_page.html").read_text(encoding="utf-8")
-    allowed = base64.b64encode(hashlib.sha256(page.rpartition("<script>")[2].partition("</script>")[0].encode()).digest()).decode()
-    values = {"policy": f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{allowed}'; base-uri 'none'; form-action 'none'",
-              "title": f"Report of the run {escape(out.resolve().name)}", "stages": stages_section(out), "results": results_section(results),
-              "curves": curves_section(out), "data": json.dumps(judged, separators=(",", ":")).replace("<", "\\u003c"),
+    script = base64.b64encode(hashlib.sha256(page.rpartition("<script>")[2].partition("</script>")[0].encode()).digest()).decode()
+    policy = f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{script}'; base-uri 'none'; form-action 'none'"
+    values = {**states_and_curves(out), **result_tables(results), "policy": policy,
+              "title": f"Report of the run {escape(out.resolve().name)}", "data": json.dumps(judged, separators=(",", ":")).replace("<", "\\u003c"),
               "judged": f"{len(judged['pairs'])} of {judged['of']} judged pairs." if judged["pairs"] else "Nothing has been judged yet."}
     page = string.Template(page).substitute(values)
     (out / "evaluate").mkdir(parents=True, exist_ok=True)
@@ -299,16 +229,20 @@ def contact_sheet(samples: list, file: str) -> None:
 def inspect(arguments: list) -> None:
     """`python data.py inspect PATH`: bad rows; pairs, labels and median and longest text (in characters) per task; the first dozen as pictures."""
     options, bad = dict(zip(arguments[1::2], arguments[2::2])), []
-    file, own = options.pop("--sheet", "contact_sheet.png"), config.Data(image_root=options.pop("--image-root", ""), media_within=options.pop("--media-within", ""))
+    own = config.Data(image_root=options.pop("--image-root", ""), media_within=options.pop("--media-within", ""))
+    file = options.pop("--sheet", "contact_sheet.png")
     if options or len(arguments) % 2 == 0 or not Path(file).resolve().parent.is_dir():
-        raise config.UserError("python data.py inspect PATH [--sheet FILE.png, in a folder that exists] [--image-root FOLDER] [--media-within FOLDER]")
+        raise config.UserError("python data.py inspect PATH [--sheet FILE.png, in a folder that exists] "
+                               "[--image-root FOLDER] [--media-within FOLDER]")
     samples = data.read_rows(arguments[0], lambda row, folder: data.usable(row, folder, own), bad=bad, label="reading")
     print("".join(f"bad row: {line}\n" for line in bad) + f"{arguments[0]}: {len(samples)} pairs, {len(bad)} bad rows")
     print(f"{'':<20}" + "".join(f"{head:>10}" for head in ("pairs", "first", "second", "ties", "prompt", "longest", "answer", "longest")))
     for task in dict.fromkeys(sample.task for sample in samples):
         rows = [sample for sample in samples if sample.task == task]
-        lengths = [sorted(map(len, texts)) or ["-"] for texts in ([s.prompt or s.problem for s in rows], [text for s in rows for text in s.answers])]
-        cells = [len(rows)] + [sum(s.label == label for s in rows) for label in (1, 2, 0)] + [n for some in lengths for n in (some[len(some) // 2], some[-1])]
+        cells = [len(rows)] + [sum(s.label == label for s in rows) for label in (1, 2, 0)]
+        for texts in ([s.prompt or s.problem for s in rows], [text for s in rows for text in s.answers]):
+            lengths = sorted(map(len, texts)) or ["-"]
+            cells += [lengths[len(lengths) // 2], lengths[-1]]
         print(f"{task:<20}" + "".join(f"{cell:>10}" for cell in cells))
     if samples:
         contact_sheet(samples[:12], file)

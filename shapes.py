@@ -34,15 +34,17 @@ from PIL import Image, ImageDraw
 
 import config
 import model as M
-from data import (DIMENSIONS, STEPS, THINK, Sample, build_prompt, candidate_noun, is_generation, is_video, media_parts, sample_row,
+from data import (DIMENSIONS, STEPS, TASKS, THINK, Sample, build_prompt, candidate_noun, is_generation, is_video, media_parts, sample_row,
                   steps_text, to_text, verdict_string, write_items, write_jsonl, write_totals)
 
-COLORS = {"red": (214, 48, 44), "green": (46, 160, 67), "blue": (45, 88, 214), "yellow": (238, 200, 40), "purple": (146, 62, 190), "black": (35, 35, 40)}
+COLORS = {"red": (214, 48, 44), "green": (46, 160, 67), "blue": (45, 88, 214), "yellow": (238, 200, 40),
+          "purple": (146, 62, 190), "black": (35, 35, 40)}
 SHAPES = ("circle", "square", "triangle", "star", "cross")
 # Never drawn or named outside the held-out split. Every colour and every shape is still seen, in other company.
 HELDOUT = {("red", "star"), ("green", "cross"), ("blue", "triangle"), ("yellow", "circle"), ("purple", "square"), ("black", "star")}
 ALL = [(color, shape) for color in COLORS for shape in SHAPES]
 SEEN = [item for item in ALL if item not in HELDOUT]
+name = " ".join  # of an item: ("red", "star") is a "red star"
 SIDE, CELL, FRAMES, PAPER = 32, 16, 4, (238, 238, 238)
 DIRECTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
 OPPOSITE = {"left": "right", "right": "left", "up": "down", "down": "up"}
@@ -127,9 +129,6 @@ def change(rng: random.Random, item: tuple, items: list, taken: list) -> tuple:
     return rng.choice(near or [other for other in items if other not in taken])
 
 
-def name(item: tuple) -> str:
-    return f"{item[0]} {item[1]}"
-
 
 def checks(wanted: list, present: list) -> list:
     return [f"{name(item)} {'yes' if item in present else 'no'}" for item in wanted]
@@ -163,10 +162,8 @@ def mistake(rng: random.Random, dimension: str, fact: str) -> str:
 def join(rng: random.Random, names: list) -> str:
     """A natural list; how items are joined and whether they carry an article varies."""
     article = rng.choice(["a ", "a ", "one ", ""])
-    names = [article + n for n in names]
-    if len(names) == 1:
-        return names[0]
-    return ", ".join(names[:-1]) + rng.choice([" and ", ", ", " with ", " next to "]) + names[-1]
+    *names, last = [article + n for n in names]
+    return ", ".join(names) + rng.choice([" and ", ", ", " with ", " next to "]) + last if names else last
 
 
 def choose_items(rng: random.Random, count: int, pool: list) -> list:
@@ -180,26 +177,26 @@ def make_sample(rng: random.Random, task: str, pool: list = SEEN, allow_tie: boo
     """(Sample without media paths, the scenes to draw). Draws candidates until their totals differ, or until they tie where
     `allow_tie` asks for it, so that a label always follows from the scores."""
     while True:
-        sample, scenes = (make_generation if is_generation(task) else make_understanding)(rng, task, pool)
-        totals = [sum(scores[k] for scores in sample.scores.values()) for k in (0, 1)]
-        if (totals[0] == totals[1]) == allow_tie:
-            sample.label = 0 if allow_tie else 1 if totals[0] > totals[1] else 2
-            return sample, scenes
+        prompt, answers, facts, scenes = (make_generation if is_generation(task) else make_understanding)(rng, task, pool)
+        reasons = {dimension: list(pair) for dimension, pair in zip(DIMENSIONS[task], zip(*facts))}
+        scores = {dimension: [score_of(dimension, fact) for fact in pair] for dimension, pair in reasons.items()}
+        first, second = (sum(pair[k] for pair in scores.values()) for k in (0, 1))
+        if (first == second) == allow_tie:
+            return Sample("", task, prompt, [], answers, 0 if allow_tie else 1 if first > second else 2, scores, reasons), scenes
 
 
 def make_generation(rng: random.Random, task: str, pool: list) -> tuple:
+    """(caption, no answers, the facts of both candidates in the order of the task's dimensions, a scene for each)."""
     video = is_video(task)
     wanted = choose_items(rng, rng.choice([2, 3] if video else [2, 3, 3, 4]), pool)
     moves = rng.choice(list(DIRECTIONS)) if video else None
+    first, *others = map(name, wanted)
     if video:
-        first = rng.choice([f"{name(wanted[0])} moving {moves}", f"{name(wanted[0])} that moves {moves}", f"{name(wanted[0])} going {moves}"])
-        listed = join(rng, [first] + [name(item) for item in wanted[1:]])
-        caption = rng.choice(["{}", "a clip of {}", "a video with {}", "show {}"]).format(listed)
-    else:
-        listed = join(rng, [name(item) for item in wanted])
-        caption = rng.choice(["{}", "a picture of {}", "an image with {}", "draw {}", "{} on a plain background"]).format(listed)
-    glance_name = DIMENSIONS[task][1]
-    reasons, scores, scenes = {d: [] for d in DIMENSIONS[task]}, {d: [] for d in DIMENSIONS[task]}, []
+        first = f"{first} {rng.choice(['moving', 'that moves', 'going'])} {moves}"
+    listed = join(rng, [first, *others])
+    caption = rng.choice(["{}", "a clip of {}", "a video with {}", "show {}"] if video else
+                         ["{}", "a picture of {}", "an image with {}", "draw {}", "{} on a plain background"]).format(listed)
+    facts, scenes = [], []
     for _ in (0, 1):
         shown = list(wanted)
         for k in range(len(shown)):
@@ -209,22 +206,21 @@ def make_generation(rng: random.Random, task: str, pool: list) -> tuple:
             shown.append(change(rng, rng.choice(wanted), pool, wanted + shown))
         moved = rng.choice([d for d in DIRECTIONS if d != moves]) if video and rng.random() < 0.3 else moves
         glance, broken = rng.randrange(3), rng.choice([0, 0, 1, 2])
-        facts = checks(wanted, shown) + ([f"moves {moves} {'yes' if moved == moves else 'no'}"] if video else [])
-        glance_fact, broken_fact = LADDER[glance_name][glance][0], LADDER["authenticity"][broken][0]
-        for dimension, fact in zip(DIMENSIONS[task], (", ".join(facts), glance_fact, broken_fact)):
-            reasons[dimension].append(fact)
-            scores[dimension].append(score_of(dimension, fact))
-        scenes.append(make_scene(rng, shown, video, glance_fact, broken, moved))
-    return Sample(id="", task=task, prompt=caption, scores=scores, reasons=reasons), scenes
+        checked = checks(wanted, shown) + ([f"moves {moves} {'yes' if moved == moves else 'no'}"] if video else [])
+        facts.append((", ".join(checked), LADDER[DIMENSIONS[task][1]][glance][0], LADDER["authenticity"][broken][0]))
+        scenes.append(make_scene(rng, shown, video, facts[-1][1], broken, moved))
+    return caption, [], facts, scenes
 
 
 def make_understanding(rng: random.Random, task: str, pool: list) -> tuple:
+    """(question, two answers, their facts in the order of the task's dimensions, the one scene)."""
     video = is_video(task)
     present = choose_items(rng, rng.choice([2, 3] if video else [2, 3, 4]), pool)
     moves = rng.choice(list(DIRECTIONS)) if video else None
     question = rng.choice(["What happens in the video?", "Describe the clip.", "What do you see and how does it move?"] if video else
                           ["What is in the image?", "Describe the picture.", "Which shapes are there and how many?"])
-    reasons, scores, answers = {d: [] for d in DIMENSIONS[task]}, {d: [] for d in DIMENSIONS[task]}, []
+    truth, possible = (moves, DIRECTIONS) if video else (len(present), range(1, 6))
+    facts, answers = [], []
     for _ in (0, 1):
         named = rng.sample(present, rng.randint(1 if len(present) == 2 else 2, len(present)))
         for k in range(len(named)):
@@ -232,25 +228,16 @@ def make_understanding(rng: random.Random, task: str, pool: list) -> tuple:
                 named[k] = change(rng, named[k], pool, present + named)
         if pool is ALL and not any(item in HELDOUT for item in named):
             named[0] = next(item for item in present if item in HELDOUT)
-        facts = checks(named, present)
-        if video:
-            said = moves if rng.random() < 0.5 else rng.choice([d for d in DIRECTIONS if d != moves])
-            right = f"says {said}, is {moves}"
-            tail = rng.choice([f"it moves {said}", f"one moves {said}", f"movement goes {said}"])
-        else:
-            said = len(present) if rng.random() < 0.5 else rng.choice([n for n in (1, 2, 3, 4, 5) if n != len(present)])
-            right = f"says {said}, is {len(present)}"
-            tail = rng.choice([f"{said} shapes in all", f"that makes {said}", f"{said} in total"])
+        said = truth if rng.random() < 0.5 else rng.choice([other for other in possible if other != truth])
+        tail = rng.choice(["it moves {}", "one moves {}", "movement goes {}"] if video else
+                          ["{} shapes in all", "that makes {}", "{} in total"]).format(said)
         fillers = rng.randrange(3)
         words = (rng.choice(["I see ", "There is ", ""]) + join(rng, [name(item) for item in named]) + ", " + tail + ".").split(" ")
         for position in sorted(rng.sample(range(1, len(words)), fillers), reverse=True):
             words.insert(position, rng.choice(["um", "uh", "er"]))
         answers.append(" ".join(words))
-        for dimension, fact in zip(DIMENSIONS[task], (", ".join(facts), right, LADDER["clarity"][fillers][0])):
-            reasons[dimension].append(fact)
-            scores[dimension].append(score_of(dimension, fact))
-    scene = make_scene(rng, present, video, "vivid" if not video else "steady", 0, moves)
-    return Sample(id="", task=task, prompt=question, answers=answers, scores=scores, reasons=reasons), [scene]
+        facts.append((", ".join(checks(named, present)), f"says {said}, is {truth}", LADDER["clarity"][fillers][0]))
+    return question, answers, facts, [make_scene(rng, present, video, "steady" if video else "vivid", 0, moves)]
 
 
 # ------------------------------------------------------------------------------------------------------------------- files
@@ -279,14 +266,12 @@ def write_split(folder, split: str, plan: list, pool: list, rng: random.Random) 
 
 
 def draw_split(split: str, settings: config.Settings, folder) -> dict:
-    """One split of the small world as settings.data asks for it; returns {split: pairs}."""
-    made, every = settings.data, list(DIMENSIONS)
-    tasks, count, pool, tie_share = {
-        "distill": (["image_generation"], made.distill_pairs, SEEN, 0.0), "pool": (every, made.pool_pairs, SEEN, 0.0), "test": (every, made.test_pairs, SEEN, 0.0),
-        "heldout": (every, made.heldout_pairs, ALL, 0.0), "ties": (["image_generation", "video_generation"], made.tie_pairs, SEEN, 1 / 3)}[split]
-    rng = random.Random(f"{settings.run.seed}/{split}")
-    write_split(folder, split, [(task, k < count * tie_share) for task in tasks for k in range(count)], pool, rng)
-    return {split: len(tasks) * count}
+    """One split of the small world (distill, pool, test, heldout or ties) as settings.data asks for it; returns {split: pairs}."""
+    tasks = {"distill": ("image_generation",), "ties": PAIRED}.get(split, TASKS)
+    count = getattr(settings.data, f"{'tie' if split == 'ties' else split}_pairs")
+    plan = [(task, split == "ties" and k < count / 3) for task in tasks for k in range(count)]
+    write_split(folder, split, plan, ALL if split == "heldout" else SEEN, random.Random(f"{settings.run.seed}/{split}"))
+    return {split: len(plan)}
 
 
 # --------------------------------------------------------------------------------------------------------------- practice
@@ -301,7 +286,7 @@ CONSOLIDATION = PRACTICE | {"compare": 16, "conclude": 8, "direct": 8}
 # is learnt in 100 to 800 steps; in a mixture from the start most stay at chance. Naming the shapes of *one of two* pictures comes before any
 # comparison: it has the most to say per token about which picture is meant, and what is learnt there carries over. Some naming goes along
 # with the checks: without it checking stayed at chance for as long as it was tried.
-EVERY, PAIRED = tuple(DIMENSIONS), ("image_generation", "video_generation")
+PAIRED = ("image_generation", "video_generation")
 CONSISTENCY = ("compare", "compare", "compare", "name_pair"), PAIRED, ["semantic consistency"]
 SKILLS = (
     ("naming", 1.0, ("name",), ("image_generation", "image_understanding"), None),
@@ -314,7 +299,7 @@ SKILLS = (
 )
 # After it, what the mixture has not taught: which of the items are in which of two pictures takes by far the longest, and a candidate's line
 # has to be found again with all dimensions around it.
-COMPARISONS = (("pairing", 2.5, *CONSISTENCY), ("comparing", 4.0, ("compare",) * 6 + ("name_pair",) + ("direct",) * 2, EVERY, None))
+COMPARISONS = (("pairing", 2.5, *CONSISTENCY), ("comparing", 4.0, ("compare",) * 6 + ("name_pair",) + ("direct",) * 2, TASKS, None))
 
 
 def practice(rng: random.Random, kind: str, sample: Sample, scenes: list, dimensions: list | None = None) -> tuple:
@@ -338,8 +323,8 @@ def practice(rng: random.Random, kind: str, sample: Sample, scenes: list, dimens
         wanted = []
         for _ in range(rng.choice([2, 3, 4])):  # half of them shown; of the others some are easy to tell apart, some hard
             draw = rng.random()
-            wanted.append(rng.choice(scene["items"]) if draw < 0.5 else change(rng, rng.choice(scene["items"]), SEEN, scene["items"]) if draw < 0.75 else
-                          rng.choice([item for item in SEEN if item not in scene["items"]]))
+            item = rng.choice([item for item in SEEN if item not in scene["items"]] if draw >= 0.75 else scene["items"])
+            wanted.append(change(rng, item, SEEN, scene["items"]) if 0.5 <= draw < 0.75 else item)
         facts = checks(list(dict.fromkeys(wanted)), scene["items"])
         if "moves" in scene:
             asked = scene["moves"] if rng.random() < 0.5 else rng.choice(list(DIRECTIONS))
@@ -350,24 +335,22 @@ def practice(rng: random.Random, kind: str, sample: Sample, scenes: list, dimens
         show = {"type": medium, medium: sample.media[k % len(sample.media)]}
         about = f"\nCaption: {sample.prompt}\n" if is_generation(task) else f"\nQuestion: {sample.prompt}\nAnswer: {sample.answers[k]}\n"
         asked = text(f"{about}Rate {noun} on {', '.join(dimensions)}. Steps: check, score.")
-        return ([text(f"{noun}: ")] if is_generation(task) else []) + [show, asked], write_items(noun, chosen(sample.reasons, k), chosen(sample.scores, k))
+        named = [text(f"{noun}: ")] if is_generation(task) else []
+        return named + [show, asked], write_items(noun, chosen(sample.reasons, k), chosen(sample.scores, k))
     if kind == "compare":
         steps = STEPS[: rng.choice([2, 3] if len(dimensions) > 1 else [2])]
-        response = write_items(noun, chosen(sample.reasons), chosen(sample.scores))
-        if "total" in steps:
-            response += "\n" + write_totals(noun, chosen(sample.scores))
-        return media_parts(sample) + [text(steps_text(task, dimensions, steps))], f"{THINK}{response}</think>"
+        totals = "\n" + write_totals(noun, chosen(sample.scores)) if "total" in steps else ""
+        response = f"{THINK}{write_items(noun, chosen(sample.reasons), chosen(sample.scores))}{totals}</think>"
+        return media_parts(sample) + [text(steps_text(task, dimensions, steps))], response
     if kind in ("total", "decide", "total_decide"):
         scores = {}
         while len(set(sums(scores))) == 1:
             scores = {d: [rng.choice(POSSIBLE), rng.choice(POSSIBLE)] for d in dimensions + [None] * (len(dimensions) == 1)}
         totals, verdict = closing(scores)
         given = " ".join(f"{noun} {side + 1}: {', '.join(f'({pair[side]}/10)' for pair in scores.values())}." for side in (0, 1))
-        if kind == "decide":
-            return [text(f"{totals}\nSteps: decide.")], verdict
-        if kind == "total":
-            return [text(f"{given}\nSteps: total.")], totals
-        return [text(f"{given}\nSteps: total, decide.")], f"{THINK}{totals}</think>\n{verdict}"
+        asked, response = {"total": (f"{given}\nSteps: total.", totals), "decide": (f"{totals}\nSteps: decide.", verdict),
+                           "total_decide": (f"{given}\nSteps: total, decide.", f"{THINK}{totals}</think>\n{verdict}")}[kind]
+        return [text(asked)], response
     if kind == "conclude":  # the same at the end of a judgement that is given
         while len(set(sums(chosen(sample.scores)))) == 1:
             dimensions = rng.sample(DIMENSIONS[task], rng.choice([2, 3]))
@@ -389,18 +372,22 @@ def write_practice(folder, pairs: int, rows_per_pair: int, simple: int, rng: ran
     """Practice of the base in the official SFT schema, one file for each phase of `sft.build_base`: SKILLS (`simple` exercises times the
     factor); practice.jsonl, a mixture of all exercises, and if `simple` is 0 the only file; COMPARISONS; consolidation.jsonl, the mixture again, with
     more comparing and less of understanding, which is learnt sooner. One generation pair in five is a tie, which only the direct mode can say."""
-    tasks = list(DIMENSIONS)
-    made = write_split(folder, "pairs", [(tasks[k % 4], is_generation(tasks[k % 4]) and k % 40 < 8) for k in range(pairs)], SEEN, rng)
+    made = write_split(folder, "pairs", [(TASKS[k % 4], is_generation(TASKS[k % 4]) and k % 40 < 8) for k in range(pairs)], SEEN, rng)
+
+    def exercise(kind, sample, scenes, dimensions=None):
+        parts, response = practice(rng, kind, sample, scenes, dimensions)
+        text, images = to_text(parts)
+        return {"kind": kind, "conversations": [{"from": "human", "value": text}, {"from": "gpt", "value": response}], "images": images}
 
     def skill(factor, kinds, among, dimensions):
         able = [pair for pair in made if pair[0].task in among]
-        return [(kind, *practice(rng, kind, *rng.choice(able), dimensions)) for kind in rng.choices(kinds, k=round(factor * simple))]
+        return [exercise(kind, *rng.choice(able), dimensions) for kind in rng.choices(kinds, k=round(factor * simple))]
 
     def mixture(weights, of_understanding):
         rows = []
         for sample, scenes in made:
             kinds = rng.choices(list(weights), list(weights.values()), k=rows_per_pair if is_generation(sample.task) else of_understanding)
-            rows += [(kind, *practice(rng, kind, sample, scenes)) for kind in kinds if sample.label or kind != "conclude"]
+            rows += [exercise(kind, sample, scenes) for kind in kinds if sample.label or kind != "conclude"]
         return rows
 
     files = {name: skill(*rest) for name, *rest in SKILLS if simple}
@@ -408,9 +395,8 @@ def write_practice(folder, pairs: int, rows_per_pair: int, simple: int, rng: ran
     if simple:
         files |= {name: skill(*rest) for name, *rest in COMPARISONS}
         files["consolidation"] = mixture(CONSOLIDATION, rows_per_pair // 3)
-    for file, written in files.items():
-        write_jsonl(folder / f"{file}.jsonl", ({"kind": kind, "conversations": [{"from": "human", "value": text}, {"from": "gpt", "value": response}], "images": images}
-                                               for kind, (text, images), response in ((kind, to_text(parts), response) for kind, parts, response in written)))
+    for file, rows in files.items():
+        write_jsonl(folder / f"{file}.jsonl", rows)
 
 
 # ----------------------------------------------------------------------------------------------------- the small backbone
@@ -419,16 +405,17 @@ def write_practice(folder, pairs: int, rows_per_pair: int, simple: int, rng: ran
 def train_tokenizer(texts: list, vocab_size: int):
     """Byte-level BPE on the project's own text: any string can be written with it, and words of the small world are one token each.
     Candidates ("Image 1"), tags and numbers up to two digits stay whole: shorter sequences, and one token per number of a sum."""
-    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+    from tokenizers import Regex, Tokenizer, decoders, models, trainers
+    from tokenizers.pre_tokenizers import ByteLevel, Sequence, Split
     from transformers import PreTrainedTokenizerFast
 
     core = Tokenizer(models.BPE())
     words = Regex(r"</?(?:think|answer)>| ?(?:Image|Video|Answer) [12]|/10\)\.?|[0-9]{1,2}| ?\p{L}+| ?[^\s\p{L}\p{N}<]+|<|\s+")
-    core.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(words, "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    core.pre_tokenizer = Sequence([Split(words, "isolated"), ByteLevel(add_prefix_space=False, use_regex=False)])
     core.decoder = decoders.ByteLevel()
-    special = [M.PAD, M.IM_START, M.IM_END, *M.VISION]
-    core.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False))
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, eos_token=M.IM_END, pad_token=M.PAD, additional_special_tokens=special[1:2] + list(M.VISION))
+    special = {"special_tokens": [M.PAD, M.IM_START, M.IM_END, *M.VISION], "initial_alphabet": ByteLevel.alphabet()}
+    core.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=vocab_size, show_progress=False, **special))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, eos_token=M.IM_END, pad_token=M.PAD, additional_special_tokens=[M.IM_START, *M.VISION])
     tokenizer.chat_template = (
         "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{% for part in message['content'] %}"
         "{% if part['type'] != 'text' %}<|vision_start|><|{{ part['type'] }}_pad|><|vision_end|>{% else %}{{ part['text'] }}{% endif %}"
@@ -441,21 +428,20 @@ def build_small(settings: config.Model, tokenizer) -> tuple:
     from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-    ids = {name: tokenizer.convert_tokens_to_ids(token) for name, token in zip(("vision_start", "vision_end", "image", "video"), M.VISION)}
-    if settings.hidden_size % (2 * settings.heads) or settings.vision_hidden_size % 16:
+    width, heads, depth, vision_width = settings.hidden_size, settings.heads, settings.vision_layers, settings.vision_hidden_size
+    if width % (2 * heads) or vision_width % 16:
         raise config.UserError("model.hidden_size has to be a multiple of 2 * model.heads, model.vision_hidden_size of 16")
-    half = settings.hidden_size // settings.heads // 2
-    width, vision = settings.hidden_size, settings.vision_hidden_size
-    model = Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(
-        text_config=dict(vocab_size=len(tokenizer), hidden_size=width, intermediate_size=settings.intermediate_size, num_hidden_layers=settings.layers,
-                         num_attention_heads=settings.heads, num_key_value_heads=settings.heads, max_position_embeddings=4096, tie_word_embeddings=True,
-                         rope_parameters={"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [half - 2 * (half // 3), half // 3, half // 3]},
-                         bos_token_id=None, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id),
-        vision_config=dict(depth=settings.vision_layers, hidden_size=vision, intermediate_size=2 * vision, num_heads=4, patch_size=8, spatial_merge_size=2,
-                           temporal_patch_size=2, window_size=64, out_hidden_size=width, fullatt_block_indexes=[settings.vision_layers - 1], tokens_per_second=1),
-        image_token_id=ids["image"], video_token_id=ids["video"], vision_start_token_id=ids["vision_start"], vision_end_token_id=ids["vision_end"],
-        tie_word_embeddings=True))
-    for name, p in model.named_parameters():
+    half = width // heads // 2
+    rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [half - 2 * (half // 3), half // 3, half // 3]}
+    text = dict(vocab_size=len(tokenizer), hidden_size=width, intermediate_size=settings.intermediate_size, num_hidden_layers=settings.layers,
+                num_attention_heads=heads, num_key_value_heads=heads, max_position_embeddings=4096, tie_word_embeddings=True, rope_parameters=rope,
+                bos_token_id=None, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
+    vision = dict(depth=depth, hidden_size=vision_width, intermediate_size=2 * vision_width, num_heads=4, patch_size=8, spatial_merge_size=2,
+                  temporal_patch_size=2, window_size=64, out_hidden_size=width, fullatt_block_indexes=[depth - 1], tokens_per_second=1)
+    names = ("vision_start_token_id", "vision_end_token_id", "image_token_id", "video_token_id")
+    ids = dict(zip(names, tokenizer.convert_tokens_to_ids(list(M.VISION))))
+    model = Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=True, **ids))
+    for p in model.parameters():
         if p.ndim > 1:
             torch.nn.init.normal_(p, std=p[0].numel() ** -0.5)
     processor = Qwen2VLImageProcessorPil(patch_size=8, merge_size=2, temporal_patch_size=2, min_pixels=16 * 16, max_pixels=512 * 512)

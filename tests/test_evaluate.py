@@ -21,6 +21,7 @@ import config
 import data
 import evaluate
 import model as M
+import report
 
 ROOT = Path(__file__).resolve().parent.parent
 BASE = str(ROOT / "configs" / "small-base")
@@ -501,3 +502,38 @@ def test_a_prompt_file_replaces_the_text_in_the_order_shown(base, pictures, tmp_
         (tmp_path / "wrong.txt").write_bytes(text)
         assert said in refused("judge", "--model", BASE, "--task", sample.task, "--prompt", "what", "--answer", "a", "--answer", "b",
                                "--prompt-file", tmp_path / "wrong.txt", pictures[0])
+
+
+# ------------------------------------------------------------------------------------------------------------- the report
+
+
+def test_the_report_is_written_from_a_run_that_is_still_going(world, samples, tmp_path):
+    """Stages are missing, one checkpoint is judged on some of the pairs, and a line of metrics is being written."""
+    out = tmp_path / "run"
+    assert "No checkpoint has been judged yet" in report.write(out).read_text()
+    for stage in ("data", "cold_start", "grpo"):
+        (out / stage).mkdir()
+    data.write_jsonl(out / "data" / "test.jsonl", map(data.sample_row, samples))
+    texts = [data.write_reasoning(s.task, s.reasons, s.scores, data.verdict_string(s.task, s.label)) for s in samples[:9]]
+    judged = [(sample, text, data.parse_verdict(text, sample.task)) for sample, text in zip(samples, texts)]
+    rows = [{"split": "test", "id": s.id, "swapped": False, "task": s.task, "mode": "think", "label": s.label, "answer": v.answer, "text": text,
+             "scores": v.scores, "scores_right": 1.0, "facts_right": 1.0, "format_ok": True, "sums_ok": True, "consistent": True} for s, text, v in judged]
+    data.write_jsonl(out / "evaluate" / "cold_start-think.jsonl", rows)
+    cells = {"splits": {"test": {"all": evaluate.summarise(rows)}, "heldout": {}}, "ties": {}}
+    (out / "evaluate" / "cold_start-think.json").write_text(json.dumps(cells))
+    (out / "cold_start" / "done.json").write_text(json.dumps({"made": "9 examples", "seconds": 2.0}))
+    steps = [json.dumps({"step": k, "reward_accuracy": 0.25 * k, "kl": 0.001 * k}) + "\n" for k in (1, 2, 3)]
+    (out / "grpo" / "metrics.jsonl").write_text("".join(steps)[:-20])
+    done = subprocess.run([sys.executable, ROOT / "report.py", out], capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.strip() == str(out / "evaluate" / "report.html")
+    page = (out / "evaluate" / "report.html").read_text()
+    assert "9 examples (2 s)" in page and "not finished, 2 steps so far" in page and "9 of 9 judged pairs" in page
+    assert "reward_accuracy: from 0.375 to 0.375 in 2 steps" in page and "in 3 steps" not in page and "entropy: from" not in page
+    shown = json.loads(page.partition('id="data">')[2].partition("</script>")[0])
+    assert shown["stages"] == ["+ cold start"] and {pair["id"] for pair in shown["pairs"]} == {sample.id for sample in samples[:9]}
+    by_id = {sample.id: sample for sample in samples}
+    for pair in shown["pairs"]:
+        sample, said = by_id[pair["id"]], pair["said"][0]
+        assert said["right"] and said["scores"] == [[name, truth, truth] for name, truth in sample.scores.items()]
+        assert pair["facts"] == [[name, [list(fact) for fact in zip(sample.scores[name], sample.reasons[name])]] for name in sample.scores]
+        assert len(pair["media"]) == len(sample.media) and all(item["src"].startswith("data:image/png;base64,") for item in pair["media"])
