@@ -15,7 +15,9 @@ import importlib
 import json
 import os
 import re
+import shlex
 import shutil
+import signal
 import sys
 import time
 import tomllib
@@ -31,6 +33,10 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 ROOT = Path(__file__).resolve().parent
 distributed = lambda: importlib.import_module("torch.distributed")  # torch is imported late: --help and a mistyped setting answer at once
 NAME, URL, STAGE = "[A-Z0-9_]*", r"https?://[^\s/@?#]+(/[^\s@?#]*)?", "(base|cold_start|rejection_sft|direct_sft|grpo|grpo_direct)"  # of settings
+
+CURES = {  # what torch says of a fault that is not in the code: what to do
+    "out of memory|can't allocate memory": "out of memory: lower micro_tokens (SFT), micro_prompts (GRPO) or batch_rows (sampling), or set gradient_checkpointing or offload",
+    "(?i)gloo|nccl|connection (closed|reset)": "another process of this run has ended"}
 
 
 class UserError(Exception):
@@ -88,18 +94,24 @@ class Model:
 
 
 @dataclass
-class SFT:
+class Learning:  # what SFT and GRPO have in common
     lr: float = setting(2.5e-6, "peak learning rate")
     warmup: float = setting(0.03, "share of the steps in which the learning rate rises; then a cosine brings it to zero", allowed=(0, 1))
+    max_grad_norm: float = setting(1.0, "gradients are scaled down to this norm")
+    max_skipped: int = setting(10, "steps in a row that may be skipped because loss or gradient is not finite; one more ends the run", False, (0, 1e12))
+    freeze_vision: bool = setting(True, "train the language model only")
+    gradient_checkpointing: bool = setting(False, "run layers again in backward instead of keeping activations (GRPO: prompts once per completion)")
+    offload: bool = setting(False, "on a GPU: keep fp32 weights, gradients and Adam's moments in host memory")
+    save_minutes: float = setting(2.0, "minutes between states that a stopped stage goes on from; longer where saving would take over 2% of the time", False)
+
+
+@dataclass
+class SFT(Learning):
     epochs: float = setting(3.0, "passes over the data")
     batch_size: int = setting(128, "examples per optimiser step")
     micro_tokens: int = setting(16384, "tokens per forward pass, padding included; changes memory and speed, never the result")
     weight_decay: float = setting(0.0, "decoupled weight decay of AdamW")
-    max_grad_norm: float = setting(1.0, "gradients are scaled down to this norm")
     replay: float = setting(0.0, "practice examples of the base mixed in, per example of the stage's own; keeps direct answering alive")
-    freeze_vision: bool = setting(True, "train the language model only")
-    gradient_checkpointing: bool = setting(False, "run layers again in backward instead of keeping activations: a third slower, less memory")
-    offload: bool = setting(False, "on a GPU: keep fp32 weights, gradients and Adam's moments in host memory")
 
 
 @dataclass
@@ -144,7 +156,7 @@ class Rejection(Server):
 
 
 @dataclass
-class GRPO:
+class GRPO(Learning):
     mode: str = setting("think", "think or answer (the control without chain of thought)", allowed="think|answer")
     start: str = setting("rejection_sft", "what is trained: base, cold_start, rejection_sft, direct_sft", allowed="base|cold_start|(rejection|direct)_sft")
     data: str = setting("wrong", "trained on: wrong (what the judge got wrong: the paper), correct, or pool (all)", allowed="wrong|correct|pool")
@@ -154,7 +166,6 @@ class GRPO:
     group_size: int = setting(8, "completions per prompt, G", allowed=(2, 1e6))
     updates_per_rollout: int = setting(1, "optimiser steps on each rollout; above 1 the clip begins to matter")
     lr: float = setting(1e-6, "peak learning rate")
-    warmup: float = setting(0.03, "share of the steps in which the learning rate rises", allowed=(0, 1))
     beta: float = setting(0.04, "weight of the KL penalty to the frozen reference; 0 does without a reference")
     kl: str = setting("k3", "KL estimator: k1, k2 or k3", allowed="k[123]")
     clip_low: float = setting(0.2, "the ratio is clipped below 1 - clip_low", allowed=(0, 1))
@@ -167,11 +178,7 @@ class GRPO:
     temperature: float = setting(1.0, "sampling temperature; log-probabilities are taken at the same one", allowed=(0.01, 100))
     max_new_tokens: int = setting(2048, "longest completion")
     micro_prompts: int = setting(4, "groups per forward pass; changes memory and speed, never the result")
-    max_grad_norm: float = setting(1.0, "gradients are scaled down to this norm")
-    freeze_vision: bool = setting(True, "train the language model only")
     batch_rows: int = setting(256, "completions decoded together")
-    gradient_checkpointing: bool = setting(False, "run layers again in backward instead of keeping activations, and prompts once per completion")
-    offload: bool = setting(False, "on a GPU: keep fp32 weights, gradients and Adam's moments in host memory")
 
 
 @dataclass
@@ -276,23 +283,23 @@ def fingerprint(stage: str, settings: Settings) -> str:
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def done(stage: str, out: Path) -> dict:
-    """What done.json says of a finished stage; empty where it is missing or damaged, and the stage is to be run again."""
+def read_facts(file: Path) -> dict:
+    """What a done.json or begun.json says; empty where it is missing or damaged."""
     try:
-        return dict(json.loads((out / stage / "done.json").read_text(encoding="utf-8")))
+        return dict(json.loads(file.read_text(encoding="utf-8")))
     except (FileNotFoundError, ValueError, TypeError):
         return {}
 
 
 def made_by(stage: str, out: Path) -> str | None:
-    """Names the run of a stage that its folder holds; None if it is not finished. A repeated stage gets a new name."""
-    return done(stage, out).get("id")
+    """Names the run of a stage that its folder holds; None if it is not finished, and is to be run. A repeated stage gets a new name."""
+    return read_facts(out / stage / "done.json").get("id")
 
 
 def is_done(stage: str, settings: Settings, out: Path) -> bool:
     """Finished, with these settings, from what its inputs hold now."""
     facts = {"fingerprint": fingerprint(stage, settings), "inputs": [made_by(s, out) for s in STAGES[stage][1]]}
-    return facts.items() <= done(stage, out).items()
+    return facts.items() <= read_facts(out / stage / "done.json").items()
 
 
 def plan(targets: list) -> list:
@@ -303,21 +310,46 @@ def plan(targets: list) -> list:
     return stages
 
 
-def do_stage(stage: str, settings: Settings, out: Path, command: str) -> None:
-    """Runs one stage into an empty folder, but for replies that a server was asked for; done.json, written last, makes it count."""
+def made_of(stage: str, settings: Settings, out: Path) -> dict:
+    """What decides the result of a stage, by name: settings, runs of the stages it reads, and the data files that these wrote."""
+    facts = {f"{section}.{key}": value for section in STAGES[stage][2] for key, value in shaping(getattr(settings, section)).items()}
+    facts |= {"run.seed": settings.run.seed, "processes that share the weights": world()[1] if settings.run.shard else 1}
+    for before in plan(STAGES[stage][1]):
+        files = sorted((out / before).glob("*.jsonl"))
+        facts |= {before: made_by(before, out)} | {f"{before}/{file.name}": hashlib.sha256(file.read_bytes()).hexdigest()[:16] for file in files}
+    return facts
+
+
+def begin(stage: str, settings: Settings, out: Path, anew: bool, command: str) -> None:
+    """Readies the folder of a stage. One that was stopped is gone on with, if it is made of the same; else all but replies of a server is removed."""
+    folder, facts = out / stage, made_of(stage, settings, out)
+    kind = {"threads": importlib.import_module("torch").get_num_threads(), "processes": world()[1]}  # these move the last bits of a sum
+    begun = {} if anew or made_by(stage, out) else read_facts(folder / "begun.json")
+    was = begun.get("facts", facts)
+    if changed := [f"{key} was {was.get(key)}, is {facts.get(key)}" for key in was | facts if was.get(key) != facts.get(key)]:
+        raise UserError(f"{folder} was begun otherwise: {'; '.join(changed)}. Put that back, or begin anew: python {STAGES[stage][0]}.py {command} --stage {stage} --force")
+    if begun and begun["kind"] != kind:
+        print(f"   was begun with {begun['kind']}, goes on with {kind}: sums may differ in the last bits", flush=True)
+    kept = ["begun.json", "texts.jsonl", "replies.jsonl"] if begun else ["replies.jsonl"]
+    for item in sorted(folder.iterdir(), key=lambda item: item.name != "begun.json"):  # first: a stage half removed is not gone on with
+        if item.suffix == ".tmp" or item.name not in kept and not (begun and any(folder.glob("*.state"))):
+            shutil.rmtree(item) if item.is_dir() else item.unlink()
+    write_text(folder / "begun.json", json.dumps({"facts": facts, "kind": kind}))
+
+
+def do_stage(stage: str, settings: Settings, out: Path, command: str, anew: bool = False) -> None:
+    """Runs one stage, from the start or from where it was stopped; done.json, written last, makes it count."""
     script, inputs, sections = STAGES[stage]
     print(f"\n== {stage}: python {script}.py {command} --stage {stage}", flush=True)
-    started = time.time()
-    folder = out / stage
-    if is_main() and folder.exists() and stage != "evaluate":  # evaluate keeps its judgements and knows which of them are still valid
-        for item in [item for item in folder.iterdir() if item.name != "replies.jsonl"]:
-            shutil.rmtree(item) if item.is_dir() else item.unlink()
-    wait_for_all()
+    started, folder = time.time(), out / stage
     folder.mkdir(parents=True, exist_ok=True)
     import torch
 
     if settings.run.threads:
         torch.set_num_threads(settings.run.threads)
+    if is_main() and stage != "evaluate":  # evaluate keeps its judgements and knows which of them are still valid
+        begin(stage, settings, out, anew, command)
+    wait_for_all()
     torch.manual_seed(int.from_bytes(hashlib.sha256(f"{settings.run.seed}/{stage}".encode()).digest()[:4], "big"))
     made = importlib.import_module(script).run(stage, settings, folder)
     resolved = {section: dataclasses.asdict(getattr(settings, section)) for section in ["run", *sections]}
@@ -327,6 +359,8 @@ def do_stage(stage: str, settings: Settings, out: Path, command: str) -> None:
             "made": made, "seconds": round(time.time() - started, 1), "settings": resolved}
     write_text(folder / "done.json", json.dumps(facts, indent=1))
     wait_for_all()
+    for file in [*folder.glob("*.state"), folder / "texts.jsonl", folder / "begun.json"] if is_main() else []:
+        file.unlink(missing_ok=True)
     print(f"   {made} ({facts['seconds']:.0f} s) -> {folder}", flush=True)
 
 
@@ -400,18 +434,24 @@ def main(default_stage: str, commands=None) -> None:
     """Entry point of every script: runs a command, {its name: function of the arguments after it}, or the stage and what it needs. A mistake of the
     user's and a fault of the machine's disk or memory are one line on stderr; --debug shows where they came up."""
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         join_processes()
         commands[arguments[0]](arguments[1:]) if arguments and arguments[0] in (commands or {}) else run_stages(default_stage, arguments)
         leave_processes()
     except KeyboardInterrupt:
-        print("\ninterrupted: finished stages are kept; the same command goes on from the one that was running", file=sys.stderr)
+        again = shlex.join(["python", *(argument for argument in sys.argv if argument != "--force")])
+        print(f"\ninterrupted; what was made is kept. To go on: {again}" if is_main() else "", end="\n" * is_main(), file=sys.stderr, flush=True)
         sys.exit(130)
     except (UserError, OSError, MemoryError, SafetensorError, UnicodeEncodeError) as error:
         if "--debug" in sys.argv:
             traceback.print_exc()
         after = "" if isinstance(error, UserError) else "; what was finished is kept, and the same command goes on (--debug says where this was)"
         give_up(one_line(str(error) or type(error).__name__) + after)
+    except RuntimeError as error:
+        if not (cure := next((cure for said, cure in CURES.items() if re.search(said, str(error))), None)):
+            raise
+        give_up(f"{cure}; the same command goes on ({one_line(error)[:200]})")
 
 
 def run_stages(default_stage: str, arguments: list) -> None:
@@ -458,7 +498,7 @@ def run_stages(default_stage: str, arguments: list) -> None:
             raise UserError(f"another process is at work in {out}: wait for it, or give another --out")
         for step in plan(["data", stage, "evaluate"] if whole else [stage]):
             if not is_done(step, settings, out) or ("--force" in options and step == stage):
-                do_stage(step, settings, out, command)
+                do_stage(step, settings, out, command, "--force" in options and step == stage)
             if whole:  # a chain that takes minutes shows early what each stage did
                 importlib.import_module("evaluate").after(step, settings, out)
     if whole:
@@ -481,14 +521,25 @@ def flush(path: Path) -> None:
         os.fsync(file.fileno())
 
 
-def write_text(path: Path, text: str) -> None:
-    """Whole or not at all, and by one process."""
-    if not is_main():
-        return
+def write_file(path: Path, write) -> None:
+    """What `write` puts into the stream it is given becomes `path` whole or not at all."""
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    flush(temporary)
+    try:
+        with open(temporary, "wb") as stream:
+            write(stream)
+            stream.flush()
+            os.fsync(stream.fileno())
+    except (OSError, RuntimeError) as error:
+        temporary.unlink(missing_ok=True)
+        raise error.__context__ or error  # torch.save calls what the disk said "unexpected pos"
     temporary.replace(path)
+
+
+def write_text(path: Path, text: str) -> None:
+    """By the first process."""
+    if is_main():
+        encoded = text.encode()
+        write_file(path, lambda stream: stream.write(encoded))
 
 
 def log(folder: Path, row: dict, file: str = "metrics.jsonl") -> None:
