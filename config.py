@@ -34,9 +34,9 @@ ROOT = Path(__file__).resolve().parent
 distributed = lambda: importlib.import_module("torch.distributed")  # torch is imported late: --help and a mistyped setting answer at once
 NAME, URL, STAGE = "[A-Z0-9_]*", r"https?://[^\s/@?#]+(/[^\s@?#]*)?", "(base|cold_start|rejection_sft|direct_sft|grpo|grpo_direct)"  # of settings
 
-CURES = {  # what torch says of a fault that is not in the code: what to do
-    "out of memory|can't allocate memory": "out of memory: lower micro_tokens (SFT), micro_prompts (GRPO) or batch_rows (sampling), or set gradient_checkpointing or offload",
-    "(?i)gloo|nccl|connection (closed|reset)": "another process of this run has ended"}
+CURES = {  # of what torch says when nothing is wrong with the code
+    "out of memory|can't allocate memory": "lower micro_tokens (SFT), micro_prompts (GRPO) or batch_rows (sampling), or set gradient_checkpointing or offload: ",
+    "(?i)gloo|nccl|connection (closed|reset)": "another process of this run has ended: "}
 
 
 class UserError(Exception):
@@ -266,7 +266,7 @@ STAGES = {  # name: (script, stages whose output it reads, sections that shape i
     "rejection": ("rejection", ["data", "cold_start"], ["rejection"]),
     "rejection_sft": ("sft", ["cold_start", "rejection"], ["rejection_sft"]),
     "direct_sft": ("sft", ["base", "rejection"], ["direct_sft"]),
-    "grpo": ("grpo", ["rejection_sft", "rejection"], ["grpo"]),
+    "grpo": ("grpo", ["rejection_sft", "rejection", "data"], ["grpo"]),
     "grpo_direct": ("grpo", ["base", "data"], ["grpo_direct"]),
     "evaluate": ("evaluate", ["data", "base", "direct_sft", "grpo_direct", "cold_start", "rejection_sft", "grpo"], ["evaluate"]),
 }
@@ -274,13 +274,6 @@ ROWS = [  # of the stage table, the paper's and one control: (name, checkpoint, 
     ("base, direct answer", "base", "answer"), ("+ SFT on bare verdicts", "direct_sft", "answer"), ("+ GRPO without CoT", "grpo_direct", "answer"),
     ("+ cold start", "cold_start", "think"), ("+ rejection sampling", "rejection_sft", "think"), ("+ GRPO (full)", "grpo", "think"),
     ("full, answered without CoT", "grpo", "answer")]
-
-
-def fingerprint(stage: str, settings: Settings) -> str:
-    """Changes when the settings of the stage or of anything it is made from change."""
-    _, inputs, sections = STAGES[stage]
-    facts = [shaping(getattr(settings, section)) for section in sections] + [settings.run.seed] + [fingerprint(s, settings) for s in inputs]
-    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def read_facts(file: Path) -> dict:
@@ -292,14 +285,22 @@ def read_facts(file: Path) -> dict:
 
 
 def made_by(stage: str, out: Path) -> str | None:
-    """Names the run of a stage that its folder holds; None if it is not finished, and is to be run. A repeated stage gets a new name."""
+    """Names the run of a stage that its folder holds; None if it is not finished. A repeated stage gets a new name."""
     return read_facts(out / stage / "done.json").get("id")
+
+
+def made_of(stage: str, settings: Settings, out: Path) -> dict:
+    """What decides the result of a stage, by name: its settings, which runs of the stages it reads, and the rows that these wrote."""
+    _, inputs, sections = STAGES[stage]
+    facts = {f"{section}.{key}": value for section in sections for key, value in shaping(getattr(settings, section)).items()}
+    digest = lambda file: hashlib.sha256(file.read_bytes()).hexdigest()[:16]
+    facts |= {str(file.relative_to(out)): digest(file) for s in inputs for file in (out / s).glob("*.jsonl")}
+    return facts | {"run.seed": settings.run.seed} | {s: made_by(s, out) for s in inputs}
 
 
 def is_done(stage: str, settings: Settings, out: Path) -> bool:
     """Finished, with these settings, from what its inputs hold now."""
-    facts = {"fingerprint": fingerprint(stage, settings), "inputs": [made_by(s, out) for s in STAGES[stage][1]]}
-    return facts.items() <= read_facts(out / stage / "done.json").items()
+    return read_facts(out / stage / "done.json").get("made_of") == made_of(stage, settings, out)
 
 
 def plan(targets: list) -> list:
@@ -310,53 +311,43 @@ def plan(targets: list) -> list:
     return stages
 
 
-def made_of(stage: str, settings: Settings, out: Path) -> dict:
-    """What decides the result of a stage, by name: settings, runs of the stages it reads, and the data files that these wrote."""
-    facts = {f"{section}.{key}": value for section in STAGES[stage][2] for key, value in shaping(getattr(settings, section)).items()}
-    facts |= {"run.seed": settings.run.seed, "processes that share the weights": world()[1] if settings.run.shard else 1}
-    for before in plan(STAGES[stage][1]):
-        files = sorted((out / before).glob("*.jsonl"))
-        facts |= {before: made_by(before, out)} | {f"{before}/{file.name}": hashlib.sha256(file.read_bytes()).hexdigest()[:16] for file in files}
-    return facts
-
-
-def begin(stage: str, settings: Settings, out: Path, anew: bool, command: str) -> None:
-    """Readies the folder of a stage. One that was stopped is gone on with, if it is made of the same; else all but replies of a server is removed."""
-    folder, facts = out / stage, made_of(stage, settings, out)
-    kind = {"threads": importlib.import_module("torch").get_num_threads(), "processes": world()[1]}  # these move the last bits of a sum
-    begun = {} if anew or made_by(stage, out) else read_facts(folder / "begun.json")
-    was = begun.get("facts", facts)
+def begin(stage: str, settings: Settings, folder: Path, again: str, anew: bool) -> None:
+    """Readies the folder of a stage. What was stopped is gone on with, if it is made of the same; else all goes, but for replies of a server."""
+    threads = importlib.import_module("torch").get_num_threads()
+    facts = made_of(stage, settings, folder.parent) | {"processes that share the weights": world()[1] if settings.run.shard else 1}
+    begun = {} if anew or made_by(stage, folder.parent) else read_facts(folder / "begun.json")
+    was = begun.get("made_of", facts)
     if changed := [f"{key} was {was.get(key)}, is {facts.get(key)}" for key in was | facts if was.get(key) != facts.get(key)]:
-        raise UserError(f"{folder} was begun otherwise: {'; '.join(changed)}. Put that back, or begin anew: python {STAGES[stage][0]}.py {command} --stage {stage} --force")
-    if begun and begun["kind"] != kind:
-        print(f"   was begun with {begun['kind']}, goes on with {kind}: sums may differ in the last bits", flush=True)
-    kept = ["begun.json", "texts.jsonl", "replies.jsonl"] if begun else ["replies.jsonl"]
-    for item in sorted(folder.iterdir(), key=lambda item: item.name != "begun.json"):  # first: a stage half removed is not gone on with
-        if item.suffix == ".tmp" or item.name not in kept and not (begun and any(folder.glob("*.state"))):
+        raise UserError(f"{folder} was begun otherwise: {'; '.join(changed)}. Put that back, or begin anew: {again} --force")
+    if begun.get("threads", threads) != threads:
+        print(f"   was begun with {begun['threads']} threads, goes on with {threads}: sums may differ in their last bits", flush=True)
+    kept = ["replies.jsonl"] + ["begun.json", "texts.jsonl"] * bool(begun)
+    going_on = begun and any(folder.glob("*.state"))
+    for item in sorted(folder.iterdir(), key=lambda item: item.name != "begun.json"):  # that first: what is half removed is not gone on with
+        if item.suffix == ".tmp" or not going_on and item.name not in kept:
             shutil.rmtree(item) if item.is_dir() else item.unlink()
-    write_text(folder / "begun.json", json.dumps({"facts": facts, "kind": kind}))
+    write_text(folder / "begun.json", json.dumps({"made_of": facts, "threads": threads}))
 
 
 def do_stage(stage: str, settings: Settings, out: Path, command: str, anew: bool = False) -> None:
-    """Runs one stage, from the start or from where it was stopped; done.json, written last, makes it count."""
-    script, inputs, sections = STAGES[stage]
-    print(f"\n== {stage}: python {script}.py {command} --stage {stage}", flush=True)
-    started, folder = time.time(), out / stage
+    """Runs one stage, from its start or from where it was stopped; done.json, written last, makes it count."""
+    script, _, sections = STAGES[stage]
+    started, folder, again = time.time(), out / stage, f"python {script}.py {command} --stage {stage}"
+    print(f"\n== {stage}: {again}", flush=True)
     folder.mkdir(parents=True, exist_ok=True)
     import torch
 
     if settings.run.threads:
         torch.set_num_threads(settings.run.threads)
     if is_main() and stage != "evaluate":  # evaluate keeps its judgements and knows which of them are still valid
-        begin(stage, settings, out, anew, command)
+        begin(stage, settings, folder, again, anew)
     wait_for_all()
     torch.manual_seed(int.from_bytes(hashlib.sha256(f"{settings.run.seed}/{stage}".encode()).digest()[:4], "big"))
     made = importlib.import_module(script).run(stage, settings, folder)
-    resolved = {section: dataclasses.asdict(getattr(settings, section)) for section in ["run", *sections]}
     for file in filter(Path.is_file, folder.iterdir()):
         flush(file)  # rows and weights are on the disk before done.json says so
-    facts = {"id": f"{stage} {time.time_ns()}", "inputs": [made_by(s, out) for s in inputs], "fingerprint": fingerprint(stage, settings),
-            "made": made, "seconds": round(time.time() - started, 1), "settings": resolved}
+    facts = {"id": f"{stage} {time.time_ns()}", "made": made, "seconds": round(time.time() - started, 1), "made_of": made_of(stage, settings, out),
+             "settings": {section: dataclasses.asdict(getattr(settings, section)) for section in ["run", *sections]}}
     write_text(folder / "done.json", json.dumps(facts, indent=1))
     wait_for_all()
     for file in [*folder.glob("*.state"), folder / "texts.jsonl", folder / "begun.json"] if is_main() else []:
@@ -375,20 +366,18 @@ def is_main() -> bool:
 
 
 def join_processes() -> None:
-    if world()[1] > 1:
-        if gpu := importlib.import_module("torch").cuda.is_available():
-            importlib.import_module("torch").cuda.set_device(int(os.environ["LOCAL_RANK"]))  # what "cuda" means from here on
-        # One may wait for hours while another asks a teacher; a process that dies is torchrun's to notice, and it ends the others.
-        distributed().init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo", timeout=timedelta(days=7))
-        if not is_main():
-            sys.stdout = open(os.devnull, "w")
+    if gpu := importlib.import_module("torch").cuda.is_available():
+        importlib.import_module("torch").cuda.set_device(int(os.environ["LOCAL_RANK"]))  # what "cuda" means from here on
+    # One may wait for hours while another asks a teacher; a process that dies is torchrun's to notice, and it ends the others.
+    distributed().init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo", timeout=timedelta(days=7))
+    if not is_main():
+        sys.stdout = open(os.devnull, "w")
 
 
 def leave_processes() -> None:
     """At the end of a run without faults; unasked, the threads of gloo may abort a process that exits."""
-    if world()[1] > 1:
-        wait_for_all()
-        distributed().destroy_process_group()
+    wait_for_all()
+    distributed().destroy_process_group()
 
 
 def give_up(error: str) -> None:
@@ -419,10 +408,9 @@ def wait_for_all() -> None:
 
 def checkpoint(stage: str, settings: Settings, out: Path) -> str:
     """Path of the weights a stage ended with. The base may be one that was not trained here."""
-    if stage == "base" and settings.model.path and not settings.base.rebuild:
-        local = ROOT / settings.model.path
-        return str(local) if local.is_dir() else settings.model.path
-    return str(out / stage)
+    if stage != "base" or settings.base.rebuild or not settings.model.path:
+        return str(out / stage)
+    return str(ROOT / settings.model.path) if (ROOT / settings.model.path).is_dir() else settings.model.path
 
 
 def one_line(text) -> str:
@@ -434,24 +422,24 @@ def main(default_stage: str, commands=None) -> None:
     """Entry point of every script: runs a command, {its name: function of the arguments after it}, or the stage and what it needs. A mistake of the
     user's and a fault of the machine's disk or memory are one line on stderr; --debug shows where they came up."""
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
+    after = "; what was made is kept, and the same command goes on"
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        join_processes()
+        if world()[1] > 1:
+            join_processes()
         commands[arguments[0]](arguments[1:]) if arguments and arguments[0] in (commands or {}) else run_stages(default_stage, arguments)
-        leave_processes()
+        if world()[1] > 1:
+            leave_processes()
     except KeyboardInterrupt:
-        again = shlex.join(["python", *(argument for argument in sys.argv if argument != "--force")])
-        print(f"\ninterrupted; what was made is kept. To go on: {again}" if is_main() else "", end="\n" * is_main(), file=sys.stderr, flush=True)
+        print("" if not is_main() else f"\ninterrupted{after}" + " without --force" * ("--force" in arguments), file=sys.stderr, flush=True)
         sys.exit(130)
-    except (UserError, OSError, MemoryError, SafetensorError, UnicodeEncodeError) as error:
+    except (UserError, OSError, MemoryError, RuntimeError, SafetensorError, UnicodeEncodeError) as error:
+        cure = next((cure for said, cure in CURES.items() if type(error) is not UserError and re.search(said, str(error))), "")
+        if isinstance(error, RuntimeError) and not cure:
+            raise
         if "--debug" in sys.argv:
             traceback.print_exc()
-        after = "" if isinstance(error, UserError) else "; what was finished is kept, and the same command goes on (--debug says where this was)"
-        give_up(one_line(str(error) or type(error).__name__) + after)
-    except RuntimeError as error:
-        if not (cure := next((cure for said, cure in CURES.items() if re.search(said, str(error))), None)):
-            raise
-        give_up(f"{cure}; the same command goes on ({one_line(error)[:200]})")
+        give_up(one_line(cure + (str(error) or type(error).__name__)) + (after + " (--debug says where this was)") * (not isinstance(error, UserError)))
 
 
 def run_stages(default_stage: str, arguments: list) -> None:
@@ -467,15 +455,12 @@ def run_stages(default_stage: str, arguments: list) -> None:
             continue
         if not name.startswith("--"):
             raise UserError(f"unexpected argument {name!r}; settings are given as --section.key value")
+        if "." not in name and name not in ("--config", "--stage", "--out"):
+            raise UserError(f"unknown option {name}; options are --config, --stage, --out, --force, --help, --debug and --section.key")
         if not equals and not arguments:
             raise UserError(f"{name} needs a value")
         value = value if equals else arguments.pop(0)
-        if "." in name:
-            overrides.append((name[2:], value))
-        elif name in ("--config", "--stage", "--out"):
-            options[name] = value
-        else:
-            raise UserError(f"unknown option {name}; options are --config, --stage, --out, --force, --help, --debug and --section.key")
+        overrides.append((name[2:], value)) if "." in name else options.update({name: value})
     if "--help" in options or "-h" in options:
         return print(help_text(__main__.__doc__))
     if "--config" not in options:
@@ -552,14 +537,11 @@ def log(folder: Path, row: dict, file: str = "metrics.jsonl") -> None:
 def progress(items, label: str):
     """Yields from the sequence `items`: a tqdm bar on a terminal; in a log file, where a bar's carriage returns are unreadable, a line
     every twenty seconds."""
-    if sys.stderr.isatty() and is_main():
-        from tqdm import tqdm
-
-        yield from tqdm(items, desc=f"   {label}", leave=False, mininterval=0.5)
-        return
+    if bar := sys.stderr.isatty() and is_main():
+        items = importlib.import_module("tqdm").tqdm(items, desc=f"   {label}", leave=False, mininterval=0.5)
     started = shown = time.time()
     for done, item in enumerate(items):
-        if time.time() - shown > 20:
+        if not bar and time.time() - shown > 20:
             shown = time.time()
             print(f"   {label}: {done} of {len(items)}, {shown - started:.0f} s so far, about {(shown - started) / done * (len(items) - done):.0f} s to go", flush=True)
         yield item

@@ -180,9 +180,7 @@ def run(stage: str, settings: config.Settings, folder: Path) -> str:
                 ref_logprobs = torch.cat([M.completion_logprobs(reference, processor, prompts[k : k + own.micro_prompts], ids, lengths, own.temperature)
                                           for k, ids, lengths in zip(starts, made.ids.split(rows), made.lengths.split(rows))])
         clock.append(time.time())
-        rate = learning_rate(step, own.steps, own.lr, own.warmup)
-        for group in optimizer.param_groups:
-            group["lr"] = rate
+        optimizer.param_groups[0]["lr"] = rate = learning_rate(step, own.steps, own.lr, own.warmup)
         for _ in range(own.updates_per_rollout):
             metrics = update(model, processor, optimizer, prompts, made, config.share(advantages), ref_logprobs, own)
         clock.append(time.time())

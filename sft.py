@@ -177,9 +177,7 @@ def train(model, processor, examples: list, settings: config.SFT, folder: Path, 
     for step, taken in steps_to_go(batches(examples, settings.batch_size, seed), steps, label, folder, model, optimizer, settings.save_minutes):
         batch = sorted((encode_example(processor, model, example) for example in taken), key=lambda e: len(e["ids"]))  # like lengths together
         tokens = sum(len(e["ids"]) - e["prompt_length"] for e in batch)  # of all processes: the denominator of the whole update
-        rate = learning_rate(step, steps, settings.lr, settings.warmup)
-        for group in optimizer.param_groups:
-            group["lr"] = rate
+        optimizer.param_groups[0]["lr"] = rate = learning_rate(step, steps, settings.lr, settings.warmup)
         optimizer.zero_grad()
         total = 0.0
         for micro in filter(None, map(config.share, micro_batches(batch, settings.micro_tokens, processes))):
