@@ -15,7 +15,6 @@ import importlib
 import json
 import os
 import re
-import shlex
 import shutil
 import signal
 import sys
@@ -32,11 +31,9 @@ from safetensors import SafetensorError
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 ROOT = Path(__file__).resolve().parent
 distributed = lambda: importlib.import_module("torch.distributed")  # torch is imported late: --help and a mistyped setting answer at once
+is_main = lambda: world()[0] == 0  # under torchrun only the first process writes files and prints
+wait_for_all = lambda: gather([])  # what one process has written is there for all from here on
 NAME, URL, STAGE = "[A-Z0-9_]*", r"https?://[^\s/@?#]+(/[^\s@?#]*)?", "(base|cold_start|rejection_sft|direct_sft|grpo|grpo_direct)"  # of settings
-
-CURES = {  # of what torch says when nothing is wrong with the code
-    "out of memory|can't allocate memory": "lower micro_tokens (SFT), micro_prompts (GRPO) or batch_rows (sampling), or set gradient_checkpointing or offload: ",
-    "(?i)gloo|nccl|connection (closed|reset)": "another process of this run has ended: "}
 
 
 class UserError(Exception):
@@ -129,6 +126,7 @@ class Server:  # how a served model is asked (distill.ask)
     key_variable: str = setting("", "NAME of the environment variable that holds the server's key; empty sends none", False, NAME)
     concurrency: int = setting(32, "requests under way at a time", shapes=False)
     timeout: float = setting(300.0, "seconds until a request is given up and tried again", False, (0.1, 1e6))
+    max_new_tokens: int = setting(2048, "longest completion")
     retries: int = setting(8, "attempts after the first, with growing waits or those the server asks for", False, (0, 1000))
     max_cost, price_in, price_out, max_side = 0.0, 0.0, 0.0, 16384  # of one's own server: nothing to pay, and pictures as they are
 
@@ -139,7 +137,6 @@ class Distill(Server):
     base_url: str = setting("https://api.openai.com/v1", "OpenAI-compatible server of the teacher, https://HOST/v1, no password in it", allowed=URL)
     key_variable: str = setting("OPENAI_API_KEY", "NAME of the environment variable whose key is sent to base_url; empty sends none", False, NAME)
     temperature: float = setting(1.0, "sampling temperature of a served teacher")
-    max_new_tokens: int = setting(2048, "longest reply")
     max_side: int = setting(1024, "longer side of the pictures sent, in pixels; larger ones are scaled down")
     max_cost: float = setting(20.0, "stop before all replies, those of earlier runs included, could cost more; 0 sets no limit", shapes=False)
     price_in: float = setting(2.5, "price of a million prompt tokens, in the unit of max_cost (default: gpt-4o in US dollars)", shapes=False)
@@ -151,7 +148,6 @@ class Distill(Server):
 class Rejection(Server):
     endpoint: str = setting("", "server (vLLM: http://HOST:8000/v1) that has the judge as cold_start; empty runs it here", False, f"({URL})?")
     temperature: float = setting(1.0, "sampling temperature of the judge")
-    max_new_tokens: int = setting(2048, "longest completion")
     batch_rows: int = setting(256, "completions decoded together")
 
 
@@ -185,7 +181,6 @@ class GRPO(Learning):
 class Evaluate(Server):
     endpoint: str = setting("", "server (vLLM: http://HOST:8000/v1) of the checkpoints in `served`; empty runs all here", False, f"({URL})?")
     served: str = setting("grpo", "stages, with commas between, that endpoint serves by these names; others run here", False, f"{STAGE}(,{STAGE})*")
-    max_new_tokens: int = setting(2048, "longest completion")
     batch_rows: int = setting(256, "completions decoded together")
     test_pairs: int = setting(0, "pairs per task used of each split; 0 takes all", allowed=(0, 1e12))
 
@@ -237,23 +232,12 @@ def load_settings(config: str, overrides: list) -> Settings:
         table = tomllib.loads(read_text(path))
     except tomllib.TOMLDecodeError as error:
         raise UserError(f"{path}: {error}")
-    settings = Settings()
-    for section, values in table.items():
-        if not isinstance(values, dict):
-            raise UserError(f"{path}: {section!r} stands outside a section; write it under [section]")
-        for key, value in values.items():
-            set_value(settings, f"{section}.{key}", value, str(path))
-    for name, value in overrides:
-        set_value(settings, name, value, f"--{name}")
+    if loose := [name for name, values in table.items() if not isinstance(values, dict)]:
+        raise UserError(f"{path}: {loose[0]!r} stands outside a section; write it under [section]")
+    settings, given = Settings(), [(f"{section}.{key}", value, str(path)) for section, values in table.items() for key, value in values.items()]
+    for name, value, source in given + [(name, value, f"--{name}") for name, value in overrides]:
+        set_value(settings, name, value, source)
     return settings
-
-
-def help_text(doc: str) -> str:
-    lines = [doc.strip(), "", "settings (section.key = default: meaning)"]
-    for section in dataclasses.fields(Settings):
-        values = section.default_factory()
-        lines += [""] + [f"  --{section.name}.{f.name} = {getattr(values, f.name)!r}: {f.metadata['help']}" for f in dataclasses.fields(values)]
-    return "\n".join(lines)
 
 
 # ----------------------------------------------------------------------------------------------------------------- stages
@@ -293,9 +277,8 @@ def made_of(stage: str, settings: Settings, out: Path) -> dict:
     """What decides the result of a stage, by name: its settings, which runs of the stages it reads, and the rows that these wrote."""
     _, inputs, sections = STAGES[stage]
     facts = {f"{section}.{key}": value for section in sections for key, value in shaping(getattr(settings, section)).items()}
-    digest = lambda file: hashlib.sha256(file.read_bytes()).hexdigest()[:16]
-    facts |= {str(file.relative_to(out)): digest(file) for s in inputs for file in (out / s).glob("*.jsonl")}
-    return facts | {"run.seed": settings.run.seed} | {s: made_by(s, out) for s in inputs}
+    rows = {f"{s}/{file.name}": hashlib.sha256(file.read_bytes()).hexdigest()[:16] for s in inputs for file in (out / s).glob("*.jsonl")}
+    return facts | rows | {"run.seed": settings.run.seed} | {s: made_by(s, out) for s in inputs}
 
 
 def is_done(stage: str, settings: Settings, out: Path) -> bool:
@@ -321,8 +304,7 @@ def begin(stage: str, settings: Settings, folder: Path, again: str, anew: bool) 
         raise UserError(f"{folder} was begun otherwise: {'; '.join(changed)}. Put that back, or begin anew: {again} --force")
     if begun.get("threads", threads) != threads:
         print(f"   was begun with {begun['threads']} threads, goes on with {threads}: sums may differ in their last bits", flush=True)
-    kept = ["replies.jsonl"] + ["begun.json", "texts.jsonl"] * bool(begun)
-    going_on = begun and any(folder.glob("*.state"))
+    kept, going_on = ["replies.jsonl"] + ["begun.json", "texts.jsonl"] * bool(begun), begun and any(folder.glob("*.0.state"))
     for item in sorted(folder.iterdir(), key=lambda item: item.name != "begun.json"):  # that first: what is half removed is not gone on with
         if item.suffix == ".tmp" or not going_on and item.name not in kept:
             shutil.rmtree(item) if item.is_dir() else item.unlink()
@@ -360,24 +342,15 @@ def world() -> tuple:
     return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
-def is_main() -> bool:
-    """Under torchrun only the first process writes files and prints."""
-    return world()[0] == 0
-
-
 def join_processes() -> None:
+    if world()[1] == 1:
+        return
     if gpu := importlib.import_module("torch").cuda.is_available():
         importlib.import_module("torch").cuda.set_device(int(os.environ["LOCAL_RANK"]))  # what "cuda" means from here on
     # One may wait for hours while another asks a teacher; a process that dies is torchrun's to notice, and it ends the others.
     distributed().init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo", timeout=timedelta(days=7))
     if not is_main():
         sys.stdout = open(os.devnull, "w")
-
-
-def leave_processes() -> None:
-    """At the end of a run without faults; unasked, the threads of gloo may abort a process that exits."""
-    wait_for_all()
-    distributed().destroy_process_group()
 
 
 def give_up(error: str) -> None:
@@ -401,11 +374,6 @@ def gather(made: list) -> list:
     return [parts[k % len(parts)][k // len(parts)] for k in range(sum(map(len, parts)))]
 
 
-def wait_for_all() -> None:
-    """What one process has written is there for all from here on."""
-    gather([])
-
-
 def checkpoint(stage: str, settings: Settings, out: Path) -> str:
     """Path of the weights a stage ended with. The base may be one that was not trained here."""
     if stage != "base" or settings.base.rebuild or not settings.model.path:
@@ -425,51 +393,52 @@ def main(default_stage: str, commands=None) -> None:
     after = "; what was made is kept, and the same command goes on"
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        if world()[1] > 1:
-            join_processes()
+        join_processes()
         commands[arguments[0]](arguments[1:]) if arguments and arguments[0] in (commands or {}) else run_stages(default_stage, arguments)
-        if world()[1] > 1:
-            leave_processes()
+        if world()[1] > 1:  # unasked, the threads of gloo may abort a process that exits
+            wait_for_all()
+            distributed().destroy_process_group()
     except KeyboardInterrupt:
         print("" if not is_main() else f"\ninterrupted{after}" + " without --force" * ("--force" in arguments), file=sys.stderr, flush=True)
         sys.exit(130)
     except (UserError, OSError, MemoryError, RuntimeError, SafetensorError, UnicodeEncodeError) as error:
-        cure = next((cure for said, cure in CURES.items() if type(error) is not UserError and re.search(said, str(error))), "")
-        if isinstance(error, RuntimeError) and not cure:
-            raise
+        said = str(error) or type(error).__name__
+        if isinstance(error, RuntimeError):  # torch has no other word for these
+            if not (kind := re.search(r"(?i)(out of memory|can't allocate memory)|gloo|nccl|connection (closed|reset)", said)):
+                raise
+            said = "out of memory: lower micro_tokens (SFT), micro_prompts (GRPO) or batch_rows" if kind[1] else "another process of this run has ended"
         if "--debug" in sys.argv:
             traceback.print_exc()
-        give_up(one_line(cure + (str(error) or type(error).__name__)) + (after + " (--debug says where this was)") * (not isinstance(error, UserError)))
+        give_up(one_line(said) + ("" if isinstance(error, UserError) else f"{after} (--debug says where this was)"))
 
 
 def run_stages(default_stage: str, arguments: list) -> None:
     import __main__
 
-    if default_stage == "data" and arguments[:1] == ["inspect"]:
-        return importlib.import_module("report").inspect(arguments[1:])
     options, overrides = {}, []
-    while arguments:
-        name, equals, value = arguments.pop(0).partition("=")
+    words = iter([word for argument in arguments for word in argument.split("=", 1 if argument.startswith("--") else 0)])
+    for name in words:
         if name in ("-h", "--help", "--force"):
             options[name] = True
-            continue
-        if not name.startswith("--"):
+        elif not name.startswith("--"):
             raise UserError(f"unexpected argument {name!r}; settings are given as --section.key value")
-        if "." not in name and name not in ("--config", "--stage", "--out"):
+        elif "." not in name and name not in ("--config", "--stage", "--out"):
             raise UserError(f"unknown option {name}; options are --config, --stage, --out, --force, --help, --debug and --section.key")
-        if not equals and not arguments:
+        elif (value := next(words, None)) is None:
             raise UserError(f"{name} needs a value")
-        value = value if equals else arguments.pop(0)
-        overrides.append((name[2:], value)) if "." in name else options.update({name: value})
+        else:
+            overrides.append((name[2:], value)) if "." in name else options.update({name: value})
     if "--help" in options or "-h" in options:
-        return print(help_text(__main__.__doc__))
+        lines = [__main__.__doc__.strip(), "", "settings (section.key = default: meaning)"]
+        for section in dataclasses.fields(Settings):
+            values = section.default_factory()
+            lines += [""] + [f"  --{section.name}.{f.name} = {getattr(values, f.name)!r}: {f.metadata['help']}" for f in dataclasses.fields(values)]
+        return print("\n".join(lines))
     if "--config" not in options:
         raise UserError("say which settings: --config small (or a path to a .toml file); --help lists everything")
     stage = options.get("--stage", default_stage)
-    script = STAGES[default_stage][0]
-    allowed = [name for name, entry in STAGES.items() if entry[0] == script]
-    if stage not in allowed:
-        raise UserError(f"--stage {stage}: {script}.py runs {', '.join(allowed)}")
+    if stage not in (allowed := [name for name, entry in STAGES.items() if entry[0] == STAGES[default_stage][0]]):
+        raise UserError(f"--stage {stage}: {STAGES[default_stage][0]}.py runs {', '.join(allowed)}")
     settings = load_settings(options["--config"], overrides)
     importlib.import_module("model").limits = settings.data
     out = Path(options.get("--out", ROOT / "runs" / Path(options["--config"]).stem)).resolve()
@@ -501,9 +470,11 @@ def read_text(path) -> str:
         raise UserError(f"cannot read {path}: {error}")
 
 
-def flush(path: Path) -> None:
+def flush(path: Path) -> int:
+    """Has a file on the disk before it returns its length."""
     with open(path) as file:
         os.fsync(file.fileno())
+        return os.fstat(file.fileno()).st_size
 
 
 def write_file(path: Path, write) -> None:
@@ -514,42 +485,24 @@ def write_file(path: Path, write) -> None:
             write(stream)
             stream.flush()
             os.fsync(stream.fileno())
-    except (OSError, RuntimeError) as error:
+    except (OSError, RuntimeError, UnicodeError) as error:
         temporary.unlink(missing_ok=True)
         raise error.__context__ or error  # torch.save calls what the disk said "unexpected pos"
     temporary.replace(path)
 
 
 def write_text(path: Path, text: str) -> None:
-    """By the first process."""
     if is_main():
-        encoded = text.encode()
-        write_file(path, lambda stream: stream.write(encoded))
+        write_file(path, lambda stream: stream.write(text.encode()))
 
 
 def log(folder: Path, row: dict, file: str = "metrics.jsonl") -> None:
-    if not is_main():
-        return
-    with open(folder / file, "a", encoding="utf-8") as stream:
+    with open(folder / file if is_main() else os.devnull, "a", encoding="utf-8") as stream:
         stream.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 
 def progress(items, label: str):
-    """Yields from the sequence `items`: a tqdm bar on a terminal; in a log file, where a bar's carriage returns are unreadable, a line
-    every twenty seconds."""
-    if bar := sys.stderr.isatty() and is_main():
-        items = importlib.import_module("tqdm").tqdm(items, desc=f"   {label}", leave=False, mininterval=0.5)
-    started = shown = time.time()
-    for done, item in enumerate(items):
-        if not bar and time.time() - shown > 20:
-            shown = time.time()
-            print(f"   {label}: {done} of {len(items)}, {shown - started:.0f} s so far, about {(shown - started) / done * (len(items) - done):.0f} s to go", flush=True)
-        yield item
-
-
-def pick(rows: list, strategy: str, rng) -> list:
-    """"all" (or ""), "first:N", "end:N", "random:N" or "N%" (a random share, rounded up) of `rows`, in their order."""
-    kind, _, number = strategy.removesuffix("%").rpartition(":")
-    count = len(rows) if number in ("", "all") else -(-len(rows) * int(number) // 100) if strategy.endswith("%") else int(number)
-    chosen = sorted(rng.sample(range(len(rows)), min(count, len(rows))))
-    return rows[:count] if kind == "first" else rows[max(0, len(rows) - count) :] if kind == "end" else [rows[k] for k in chosen]
+    """A tqdm bar over the sequence `items` on a terminal; in a log file, where a bar is unreadable, a line every twenty seconds."""
+    shape = {"mininterval": 0.5} if sys.stderr.isatty() else {
+        "mininterval": 20, "delay": 20, "bar_format": "{desc}: {n} of {total}, {elapsed} so far, about {remaining} to go\n"}
+    return importlib.import_module("tqdm").tqdm(items, f"   {label}", leave=False, disable=not is_main(), **shape)

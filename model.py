@@ -128,40 +128,31 @@ def save(model, processor: Processor, folder: Path, dtype: torch.dtype | None = 
         (Path(folder) / name).write_text(text, encoding="utf-8")
 
 
-def local(value):
-    """The part of a tensor that this process holds: all of it, unless it is sharded."""
-    return value.to_local() if isinstance(value, DTensor) else value
-
-
-def states(folder: Path, name: str, optimizer) -> dict:
-    """{step: file} of what `keep` wrote: one file for all processes, or of sharded weights one for each."""
-    rank = config.world()[0] if isinstance(optimizer.param_groups[0]["params"][0], DTensor) else 0
-    return {int(file.name.split(".")[-3]): file for file in folder.glob(f"{name}.*.{rank}.state")}
-
-
 @torch.no_grad()
 def keep(folder: Path, name: str, step: int, optimizer) -> None:
-    """Writes what was learnt in `step` steps, Adam's moments and the lengths of the stage's logs; then the state before is deleted. There is no random
-    state in it: whatever is drawn comes from seed, stage, step and prompt."""
-    learning, old, rank = optimizer.param_groups[0]["params"], states(folder, name, optimizer), config.world()[0]
-    if sharded := isinstance(learning[0], DTensor) or rank == 0:
-        logs = {file.name: file.stat().st_size for file in folder.glob("*.jsonl")}
-        for log in logs:
-            config.flush(folder / log)
-        moments = [{key: local(value) for key, value in optimizer.state[p].items()} for p in learning]
-        state = {"logs": logs, "learnt": [local(p.detach()) for p in learning], "moments": moments}
-        config.write_file(folder / f"{name}.{step}.{rank}.state", lambda stream: torch.save(state, stream))
-    config.wait_for_all()  # no process gives up the old state before all have the new one
-    for file in old.values() if sharded else ():
+    """Writes what was learnt in `step` steps, Adam's moments and the lengths of the stage's logs, then deletes the state before. No random state is
+    needed: whatever is drawn comes from seed, stage, step and prompt. Of sharded weights each process writes its part, the first one last: its file counts."""
+    learning, rank = optimizer.param_groups[0]["params"], config.world()[0]
+    sharded = isinstance(learning[0], DTensor)
+    for turn in (rank > 0, rank == 0):
+        if turn and (sharded or rank == 0):
+            logs = {log.name: config.flush(log) for log in folder.glob("*.jsonl")}
+            moments = [{key: local(value) for key, value in optimizer.state[p].items()} for p in learning]
+            state = {"logs": logs, "learnt": [local(p.detach()) for p in learning], "moments": moments}
+            config.write_file(folder / f"{name}.{step}.{rank}.state", lambda stream: torch.save(state, stream))
+        config.wait_for_all()
+    for file in set(folder.glob(f"{name}.*.{rank}.state")) - {folder / f"{name}.{step}.{rank}.state"}:
         file.unlink()
 
 
 @torch.no_grad()
 def resume(folder: Path, name: str, model, optimizer) -> int:
-    """Puts back the last state that all processes have, cuts the logs to what they were, and returns its step; 0 where there is none."""
-    learning, found = optimizer.param_groups[0]["params"], states(folder, name, optimizer)
-    if step := max(set.intersection(*map(set, config.gather([list(found)]))), default=0):
-        state = torch.load(found[step], map_location="cpu", weights_only=True, mmap=True)
+    """Puts back the last state, cuts the logs to what they were then, and returns its step; 0 where there is none."""
+    step = max((int(file.name.split(".")[-3]) for file in folder.glob(f"{name}.*.0.state")), default=0)
+    if step:
+        learning = optimizer.param_groups[0]["params"]
+        rank = config.world()[0] if isinstance(learning[0], DTensor) else 0
+        state = torch.load(folder / f"{name}.{step}.{rank}.state", map_location="cpu", weights_only=True, mmap=True)
         for p, value, moments in zip(learning, state["learnt"], state["moments"]):
             local(p).copy_(value)
             optimizer.state[p] = {key: torch.zeros_like(moment if key == "step" else p) for key, moment in moments.items()}
@@ -173,6 +164,11 @@ def resume(folder: Path, name: str, model, optimizer) -> int:
             os.truncate(log, state["logs"].get(log.name, 0))
         print(f"   {name}: goes on after step {step}", flush=True)
     return step
+
+
+def local(tensor: torch.Tensor) -> torch.Tensor:
+    """The part of it that is in this process: all of it, unless it is sharded."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def freeze_vision(model) -> None:

@@ -89,9 +89,8 @@ def finish_update(optimizer, totals: dict, own) -> dict:
     """The end of an update: adds up gradients and `totals`, one of them "loss", of all processes in one message, scales the gradient down to
     own.max_grad_norm and steps. Under torchrun every process runs its config.share of the batch; denominators count the whole batch, so the sum is
     what one process alone would have; of a sharded model FSDP has added up the gradients in backward. A loss or gradient that is not finite would
-    spoil every weight: that step is skipped, and own.max_skipped in a row end the run. Returns the totals, "grad_norm" and "skipped" (0 or 1)."""
-    group = optimizer.param_groups[0]
-    parameters = group["params"]
+    spoil every weight: that step is skipped, and more than own.max_skipped in a row end the run. Returns totals, "grad_norm" and "skipped" (0 or 1)."""
+    group, parameters = optimizer.param_groups[0], optimizer.param_groups[0]["params"]
     if config.world()[1] > 1:
         plain = [p for p in parameters if not isinstance(p, DTensor)]
         flat = [(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in plain]
@@ -102,12 +101,11 @@ def finish_update(optimizer, totals: dict, own) -> dict:
         totals = dict(zip(totals, flat[-len(totals) :].tolist()))
     norm = torch.nn.utils.clip_grad_norm_(parameters, own.max_grad_norm)
     norm = (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
-    finite = math.isfinite(totals["loss"]) and math.isfinite(norm)
+    if finite := math.isfinite(totals["loss"]) and math.isfinite(norm):
+        optimizer.step()
     group["skipped"] = 0 if finite else group.get("skipped", 0) + 1
     if group["skipped"] > own.max_skipped:
-        raise config.UserError(f"{group['skipped']} steps in a row had a loss or a gradient that is not finite; lower the learning rate (lr = {own.lr})")
-    if finite:
-        optimizer.step()
+        raise config.UserError(f"{group['skipped']} steps in a row were not finite in loss or gradient; lower the learning rate (lr = {own.lr})")
     return totals | {"grad_norm": norm, "skipped": int(not finite)}
 
 
@@ -123,8 +121,8 @@ def batches(items: list, size: int, seed: str, change=lambda item, rng: item):
 
 
 def steps_to_go(drawn, steps: int, label: str, folder: Path, model, optimizer, minutes: float):
-    """Yields (step, batch of `drawn`) for the steps still to be made. The state is kept at the end, every `minutes` (0: after every step) or as seldom as
-    takes 2% of the time, and when the process is told to stop (Ctrl-C, SIGTERM), which it does after the step it is in, or at once if told again."""
+    """Yields (step, batch of `drawn`) for the steps still to be made. The state is kept at the end; every `minutes`, or as seldom as takes 2% of the
+    time (0: after every step); and when the process is told to stop (Ctrl-C, SIGTERM): after the step it is in, or at once if told again."""
     stops, told, saved, wait = (signal.SIGINT, signal.SIGTERM), [], time.time(), 60 * minutes
     first = M.resume(folder, label, model, optimizer)
     before = [signal.signal(number, lambda *said: signal.default_int_handler(*said) if told else told.append(said)) for number in stops]
@@ -136,7 +134,7 @@ def steps_to_go(drawn, steps: int, label: str, folder: Path, model, optimizer, m
                 started = time.time()
                 M.keep(folder, label, step + 1, optimizer)
                 saved = time.time()
-                wait = max(60 * minutes, 50 * (saved - started)) if minutes else 0
+                wait = minutes and max(60 * minutes, 50 * (saved - started))
             if stop:
                 raise KeyboardInterrupt
     finally:
@@ -227,7 +225,7 @@ def build_base(settings: config.Settings, folder: Path) -> str:
     model, processor = shapes.build_small(settings.model, tokenizer)
     skill, once = config.dataclasses.replace(base, epochs=1.0, lr=base.simple_lr), config.dataclasses.replace(base, epochs=1.0)
     phases = [(name, skill) for name, *_ in shapes.SKILLS] + [("practice", base)] + [(name, once) for name, *_ in shapes.COMPARISONS] + [("consolidation", base)]
-    begun = [k for k, (phase, _) in enumerate(phases) if any(folder.glob(f"base: {phase}.*.state"))]  # the last one has all that was learnt
+    begun = [k for k, (phase, _) in enumerate(phases) if any(folder.glob(f"base: {phase}.*.0.state"))]  # the last one has all that was learnt
     for phase, own in phases[max(begun, default=0) :]:
         train(model, processor, data.read_conversations(folder / f"{phase}.jsonl"), own, folder, phase, f"base: {phase}")
     M.save(model, processor, folder, torch.float16)

@@ -112,8 +112,8 @@ STOPS = [  # (what is there when the signal comes, how many, signal)
     ("data/media/*", 9, signal.SIGKILL), ("cold_start/begun.json", 1, signal.SIGKILL), ("cold_start/metrics.jsonl", 2, signal.SIGKILL),
     ("cold_start/metrics.jsonl", 3, signal.SIGTERM), ("cold_start/*.safetensors", 1, signal.SIGKILL), ("rejection/texts.jsonl", 1, signal.SIGKILL),
     ("rejection/wrong.jsonl", 1, signal.SIGINT), ("rejection_sft/*.state", 1, signal.SIGKILL), ("evaluate/*.texts", 1, signal.SIGKILL),
-    ("grpo/metrics.jsonl", 1, signal.SIGKILL), ("grpo/samples.jsonl", 2, signal.SIGINT), ("grpo_direct/metrics.jsonl", 1, signal.SIGTERM),
-    ("grpo_direct/metrics.jsonl", 3, signal.SIGKILL), ("evaluate/grpo-*.texts", 2, signal.SIGKILL), ("evaluate/results.json", 1, signal.SIGKILL)]
+    ("grpo/metrics.jsonl", 1, signal.SIGKILL), ("grpo/samples.jsonl", 2, signal.SIGINT), ("evaluate/grpo-think-*.texts", 2, signal.SIGKILL),
+    ("grpo_direct/metrics.jsonl", 1, signal.SIGTERM), ("grpo_direct/metrics.jsonl", 3, signal.SIGKILL), ("evaluate/results.json", 1, signal.SIGKILL)]
 
 
 def test_a_chain_killed_everywhere_ends_with_the_bits_of_one_that_was_not(whole, tmp_path):
@@ -133,10 +133,138 @@ def test_a_chain_killed_everywhere_ends_with_the_bits_of_one_that_was_not(whole,
 def test_a_base_killed_in_several_of_its_phases_is_the_same_base(tmp_path):
     one, other, went_on = tmp_path / "one", tmp_path / "other", ""
     assert run(BASE, one)[0] == 0
-    for count in (1, 7, 8, 20, 30):
+    total = len(rows(one / "base" / "metrics.jsonl"))
+    for count in (1, total // 4, total // 4 + 1, total // 2, total - 3):
         code, printed = run(BASE + OFTEN, other, has(other, "base/metrics.jsonl", count))
         assert code == -signal.SIGKILL, printed
         went_on += printed
     assert run(BASE + OFTEN, other)[0] == 0
     assert went_on.count("goes on after step") >= 3
     assert_same(one, other)
+
+
+# ------------------------------------------------------------------------------------------------- what a state belongs to
+
+
+@pytest.fixture
+def stopped(tmp_path) -> tuple:
+    """(settings, folder) of a grpo stage that was stopped after its first state; its inputs are rows and names of runs, and no models."""
+    for stage in ("data", "rejection", "rejection_sft"):
+        (tmp_path / stage).mkdir()
+        (tmp_path / stage / "done.json").write_text(json.dumps({"id": f"{stage} 1"}))
+        (tmp_path / stage / "pool.jsonl").write_text('{"id": "1"}\n')
+    settings, folder = config.load_settings("smoke", []), tmp_path / "grpo"
+    folder.mkdir()
+    config.begin("grpo", settings, folder, "python grpo.py", False)
+    for name in ("grpo.1.0.state", "metrics.jsonl", "grpo.2.0.state.tmp"):
+        (folder / name).write_text("x\n")
+    return settings, folder
+
+
+LEFT = {"begun.json", "grpo.1.0.state", "metrics.jsonl"}
+
+
+def test_the_same_command_goes_on_and_what_was_half_written_is_not_read(stopped):
+    config.begin("grpo", stopped[0], stopped[1], "python grpo.py", False)
+    assert set(os.listdir(stopped[1])) == LEFT
+
+
+@pytest.mark.parametrize("change, said", [
+    (lambda s, out: setattr(s.grpo, "lr", 0.5), "grpo.lr was 0.0001, is 0.5"), (lambda s, out: setattr(s.run, "seed", 7), "run.seed was 0, is 7"),
+    (lambda s, out: (out / "data" / "pool.jsonl").write_text("other"), "data/pool.jsonl was 5e3b"),
+    (lambda s, out: (out / "rejection" / "pool.jsonl").unlink(), "rejection/pool.jsonl was .*, is None"),
+    (lambda s, out: (out / "rejection_sft" / "done.json").write_text('{"id": "rejection_sft 2"}'), "rejection_sft was rejection_sft 1, is rejection_sft 2")],
+    ids=["a setting", "the seed", "a data file", "a data file gone", "an input made anew"])
+def test_a_stage_begun_otherwise_is_refused_with_what_changed_until_it_is_put_back_or_forced(stopped, change, said):
+    settings, folder = stopped
+    backup = folder.parent.parent / f"{folder.parent.name}-backup"
+    shutil.copytree(folder.parent, backup)
+    change(settings, folder.parent)
+    with pytest.raises(config.UserError, match=f"{said.replace('5e3b', '')}.*or begin anew: python grpo.py --force"):
+        config.begin("grpo", settings, folder, "python grpo.py", False)
+    assert LEFT <= set(os.listdir(folder)), "nothing was touched"
+    config.begin("grpo", config.load_settings("smoke", []), backup / "grpo", "python grpo.py", False)
+    assert set(os.listdir(backup / "grpo")) == LEFT, "put back, it goes on"
+    config.begin("grpo", settings, folder, "python grpo.py", True)
+    assert os.listdir(folder) == ["begun.json"], "forced, it begins anew"
+    config.begin("grpo", settings, folder, "python grpo.py", False)
+
+
+def test_settings_that_change_no_result_may_change_and_another_number_of_threads_is_said(stopped, capsys, monkeypatch):
+    settings, folder = stopped
+    settings.grpo.save_minutes, settings.grpo.max_skipped = 9.0, 3
+    config.begin("grpo", settings, folder, "", False)
+    assert capsys.readouterr().out == ""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 77)
+    config.begin("grpo", settings, folder, "", False)
+    assert "goes on with 77: sums may differ in their last bits" in capsys.readouterr().out and set(os.listdir(folder)) == LEFT
+
+
+# ------------------------------------------------------------------------------------------------------------------ faults
+
+
+def test_batches_are_the_same_when_they_are_drawn_again_and_every_pass_has_every_item():
+    import itertools
+
+    turn = lambda item, rng: (item, rng.random() < 0.5)
+    drawn = list(itertools.islice(sft.batches(list(range(7)), 3, "seed", turn), 14))
+    assert drawn[5:] == list(itertools.islice(sft.batches(list(range(7)), 3, "seed", turn), 5, 14))
+    flat = [item for batch in drawn for item, _ in batch]
+    assert all(sorted(flat[k : k + 7]) == list(range(7)) for k in range(0, 42, 7)) and flat[:7] != flat[7:14]
+
+
+def test_a_step_that_is_not_finite_moves_nothing_and_too_many_in_a_row_end_the_run():
+    weight, own = torch.nn.Parameter(torch.ones(3)), config.SFT(max_skipped=2, max_grad_norm=1e9)
+    optimizer = torch.optim.AdamW([weight], lr=0.1, weight_decay=0.0)
+    def step(gradient: float, loss: float = 1.0) -> dict:
+        weight.grad = torch.full((3,), gradient)
+        return sft.finish_update(optimizer, {"loss": loss}, own)
+
+    assert step(1.0) == {"loss": 1.0, "grad_norm": pytest.approx(3**0.5), "skipped": 0}
+    good = weight.detach().clone(), {name: value.clone() for name, value in optimizer.state[weight].items()}
+    assert torch.allclose(good[0], torch.full((3,), 0.9))  # Adam's first step is lr
+    for gradient, loss in ((float("nan"), 1.0), (1.0, float("inf"))):
+        assert step(gradient, loss)["skipped"] == 1
+        assert torch.equal(weight, good[0]) and all(torch.equal(optimizer.state[weight][name], value) for name, value in good[1].items())
+    assert step(1.0)["skipped"] == 0 and not torch.equal(weight, good[0])  # and counting begins again
+    after = weight.detach().clone()
+    step(float("inf")), step(float("nan"))
+    with pytest.raises(config.UserError, match="3 steps in a row"):
+        step(float("nan"))
+    assert torch.equal(weight, after)
+
+
+SFT = "sft.py --config smoke --out {0} --stage cold_start " + SMALLER
+
+
+def inputs(whole: Path, out: Path) -> None:
+    for stage in ("data", "base", "distill"):
+        shutil.copytree(whole / stage, out / stage)
+
+
+def test_an_exploding_run_ends_with_one_line_and_its_last_state(whole, tmp_path):
+    inputs(whole, tmp_path / "run")
+    code, printed = run(SFT.replace("cold_start.lr 3e-4", "cold_start.lr 1e12") + " --cold_start.max_skipped 2 --cold_start.epochs 9", tmp_path / "run")
+    assert code == 2 and printed.splitlines()[-1].startswith("error: 3 steps in a row") and "Traceback" not in printed, printed
+    assert [row["skipped"] for row in rows(tmp_path / "run" / "cold_start" / "metrics.jsonl")][-2:] == [1, 1]
+
+
+def test_a_full_disk_leaves_the_state_before_and_the_same_command_goes_on(whole, tmp_path):
+    out = tmp_path / "run"
+    inputs(whole, out)
+    code, printed = run(SFT + OFTEN, out, has(out, "cold_start/*.state", 1))
+    state, = (out / "cold_start").glob("*.state")
+    before = state.read_bytes()
+    code, printed = run(SFT + OFTEN, out, limits={resource.RLIMIT_FSIZE: len(before) - 1000})
+    assert code == 2 and printed.splitlines()[-1].startswith("error: [Errno 27] File too large") and "the same command goes on" in printed, printed
+    assert state.read_bytes() == before and "goes on after step" in printed and not list(out.rglob("*.tmp"))
+    assert run(SFT, out)[0] == 0
+    for stage in ("data", "base", "distill", "cold_start"):
+        shutil.copytree(whole / stage, tmp_path / "whole" / stage)
+    assert_same(tmp_path / "whole", out)
+
+
+def test_memory_that_runs_out_is_one_line_that_names_what_to_lower(whole, tmp_path):
+    inputs(whole, tmp_path / "run")
+    code, printed = run(SFT, tmp_path / "run", limits={resource.RLIMIT_DATA: 450 * 2**20})
+    assert code == 2 and "Traceback" not in printed and printed.splitlines()[-1].startswith("error: out of memory: lower micro_tokens"), printed
