@@ -4,7 +4,7 @@
 
 `NAME` is configs/NAME.toml or a path. A settings file has one section per stage and states only what differs from the paper's values,
 which are the defaults below. Every stage writes runs/NAME/STAGE/; running one first runs the stages before it whose output is missing
-or was made with other settings, and prints the command for each.
+or was made with other settings or rows, and prints the command for each.
 """
 
 import dataclasses
@@ -219,8 +219,7 @@ def set_value(settings: Settings, name: str, value, source: str) -> None:
         fits = False
     if not fits:  # a wrong text is not repeated: it may be a key
         raise UserError(f"{source}: {name} takes {takes}" + f"; {value!r} is none" * (kind is not str))
-    section, key = name.split(".")
-    setattr(getattr(settings, section), key, value)
+    setattr(getattr(settings, name.split(".")[0]), known[name].name, value)
 
 
 def load_settings(config: str, overrides: list) -> Settings:
@@ -288,10 +287,7 @@ def is_done(stage: str, settings: Settings, out: Path) -> bool:
 
 def plan(targets: list) -> list:
     """The stages to have for `targets`, each after the ones it reads."""
-    stages = []
-    for target in targets:
-        stages += [stage for stage in plan(STAGES[target][1]) + [target] if stage not in stages]
-    return stages
+    return list(dict.fromkeys(stage for target in targets for stage in plan(STAGES[target][1]) + [target]))
 
 
 def begin(stage: str, settings: Settings, folder: Path, again: str, anew: bool) -> None:
@@ -318,7 +314,6 @@ def do_stage(stage: str, settings: Settings, out: Path, command: str, anew: bool
     print(f"\n== {stage}: {again}", flush=True)
     folder.mkdir(parents=True, exist_ok=True)
     import torch
-
     if settings.run.threads:
         torch.set_num_threads(settings.run.threads)
     if is_main() and stage != "evaluate":  # evaluate keeps its judgements and knows which of them are still valid
@@ -362,8 +357,7 @@ def give_up(error: str) -> None:
 
 def share(items):
     """This process's part of what there is to do, of a list or the rows of a tensor: every n-th, since neighbours are alike in cost."""
-    rank, processes = world()
-    return items[rank::processes]
+    return items[world()[0] :: world()[1]]
 
 
 def gather(made: list) -> list:
@@ -455,9 +449,7 @@ def run_stages(default_stage: str, arguments: list) -> None:
                 do_stage(step, settings, out, command, "--force" in options and step == stage)
             if whole:  # a chain that takes minutes shows early what each stage did
                 importlib.import_module("evaluate").after(step, settings, out)
-    if whole:
-        print("\n" + (out / "evaluate" / "table.txt").read_text())
-    print(f"report: {out / 'evaluate' / 'report.html'}" if whole else f"{stage} is ready in {out / stage}")
+    print(f"\n{(out / 'evaluate' / 'table.txt').read_text()}\nreport: {out / 'evaluate' / 'report.html'}" if whole else f"{stage} is ready in {out / stage}")
 
 
 # ------------------------------------------------------------------------------------------------------------- small tools

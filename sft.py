@@ -110,8 +110,7 @@ def finish_update(optimizer, totals: dict, own) -> dict:
 
 
 def batches(items: list, size: int, seed: str, change=lambda item, rng: item):
-    """Batches without end: all `items` in a random order, then in another, each put through `change`, which may draw from the same generator.
-    What comes after k batches depends on the seed alone: a stage that goes on after a stop passes over those it has seen."""
+    """Batches without end: all `items` in a random order, then in another, each put through `change`, which may draw from the same generator."""
     rng, order = random.Random(seed), []
     while True:
         while len(order) < size:
@@ -133,13 +132,11 @@ def steps_to_go(drawn, steps: int, label: str, folder: Path, model, optimizer, m
             if stop or due or step + 1 == steps:
                 started = time.time()
                 M.keep(folder, label, step + 1, optimizer)
-                saved = time.time()
-                wait = minutes and max(60 * minutes, 50 * (saved - started))
+                saved, wait = time.time(), minutes and max(60 * minutes, 50 * (time.time() - started))
             if stop:
                 raise KeyboardInterrupt
     finally:
-        for number, handler in zip(stops, before):
-            signal.signal(number, handler)
+        list(map(signal.signal, stops, before))
 
 
 def encode_example(processor, model, example: tuple) -> dict:
@@ -162,15 +159,13 @@ def micro_batches(batch: list, limit: int, processes: int = 1) -> list:
 
 
 def train(model, processor, examples: list, settings: config.SFT, folder: Path, seed: str, label: str) -> None:
-    """Plain SFT of `model`, in place, on [(content parts, response)]; writes folder/metrics.jsonl."""
+    """Plain SFT of `model`, in place, on [(content parts, response)]; writes folder/metrics.jsonl, and goes on from a state of this label there."""
     if not examples:
         raise config.UserError(f"{label}: there is nothing to train on")
     optimizer = optimizer_for(model, settings, settings.weight_decay)
-    learning = optimizer.param_groups[0]["params"]
-    device, pad = M.device_of(model), processor.tokenizer.pad_token_id
+    device, pad, started, processes = M.device_of(model), processor.tokenizer.pad_token_id, time.time(), config.world()[1]
     steps = max(1, round(len(examples) * settings.epochs / settings.batch_size))
-    started, processes = time.time(), config.world()[1]
-    if isinstance(learning[0], DTensor) and settings.batch_size % processes:
+    if isinstance(model, FSDPModule) and settings.batch_size % processes:
         raise config.UserError(f"{label}: batch_size = {settings.batch_size} is no multiple of the {processes} processes, which run.shard needs")
     for step, taken in steps_to_go(batches(examples, settings.batch_size, seed), steps, label, folder, model, optimizer, settings.save_minutes):
         batch = sorted((encode_example(processor, model, example) for example in taken), key=lambda e: len(e["ids"]))  # like lengths together
@@ -225,8 +220,8 @@ def build_base(settings: config.Settings, folder: Path) -> str:
     model, processor = shapes.build_small(settings.model, tokenizer)
     skill, once = config.dataclasses.replace(base, epochs=1.0, lr=base.simple_lr), config.dataclasses.replace(base, epochs=1.0)
     phases = [(name, skill) for name, *_ in shapes.SKILLS] + [("practice", base)] + [(name, once) for name, *_ in shapes.COMPARISONS] + [("consolidation", base)]
-    begun = [k for k, (phase, _) in enumerate(phases) if any(folder.glob(f"base: {phase}.*.0.state"))]  # the last one has all that was learnt
-    for phase, own in phases[max(begun, default=0) :]:
+    begun = [k for k, (phase, _) in enumerate(phases) if any(folder.glob(f"base: {phase}.*.0.state"))]
+    for phase, own in phases[max(begun, default=0) :]:  # a state has all that was learnt before it
         train(model, processor, data.read_conversations(folder / f"{phase}.jsonl"), own, folder, phase, f"base: {phase}")
     M.save(model, processor, folder, torch.float16)
     config.wait_for_all()
