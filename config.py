@@ -397,8 +397,8 @@ def main(default_stage: str, commands=None) -> None:
         sys.exit(130)
     except (UserError, OSError, MemoryError, RuntimeError, SafetensorError, UnicodeEncodeError) as error:
         said = str(error) or type(error).__name__
-        if isinstance(error, RuntimeError):  # torch has no other word for these
-            if not (kind := re.search(r"(?i)(out of memory|can't allocate memory)|gloo|nccl|connection (closed|reset)", said)):
+        if isinstance(error, (RuntimeError, MemoryError)):  # torch has no other word for these two
+            if not (kind := re.search(r"(?i)(MemoryError|allocate|out of memory)|gloo|nccl|connection (closed|reset)", type(error).__name__ + said)):
                 raise
             said = "out of memory: lower micro_tokens (SFT), micro_prompts (GRPO) or batch_rows" if kind[1] else "another process of this run has ended"
         if "--debug" in sys.argv:
