@@ -49,7 +49,7 @@ def setting(default, meaning: str, shapes: bool = True, allowed=None):
 
 
 def shaping(section) -> dict:
-    """The settings that can change what a stage makes; a new value of another, such as a time limit, makes no finished stage stale."""
+    """The settings that can change what a stage makes, in more than the last bits of a sum; a new value of another makes no stage stale."""
     return {f.name: getattr(section, f.name) for f in dataclasses.fields(section) if f.metadata["shapes"]}
 
 
@@ -97,8 +97,8 @@ class Learning:  # what SFT and GRPO have in common
     max_grad_norm: float = setting(1.0, "gradients are scaled down to this norm")
     max_skipped: int = setting(10, "steps in a row that may be skipped because loss or gradient is not finite; one more ends the run", False, (0, 1e12))
     freeze_vision: bool = setting(True, "train the language model only")
-    gradient_checkpointing: bool = setting(False, "run layers again in backward instead of keeping activations (GRPO: prompts once per completion)")
-    offload: bool = setting(False, "on a GPU: keep fp32 weights, gradients and Adam's moments in host memory")
+    gradient_checkpointing: bool = setting(False, "run layers again in backward instead of keeping activations (GRPO: prompts once per completion)", False)
+    offload: bool = setting(False, "on a GPU: keep fp32 weights, gradients and Adam's moments in host memory", False)
     save_minutes: float = setting(2.0, "minutes between states that a stopped stage goes on from; longer where saving would take over 2% of the time", False)
 
 
@@ -106,7 +106,7 @@ class Learning:  # what SFT and GRPO have in common
 class SFT(Learning):
     epochs: float = setting(3.0, "passes over the data")
     batch_size: int = setting(128, "examples per optimiser step")
-    micro_tokens: int = setting(16384, "tokens per forward pass, padding included; changes memory and speed, never the result")
+    micro_tokens: int = setting(16384, "tokens per forward pass, padding included; changes memory and speed, never the result", False)
     weight_decay: float = setting(0.0, "decoupled weight decay of AdamW")
     replay: float = setting(0.0, "practice examples of the base mixed in, per example of the stage's own; keeps direct answering alive")
 
@@ -148,7 +148,7 @@ class Distill(Server):
 class Rejection(Server):
     endpoint: str = setting("", "server (vLLM: http://HOST:8000/v1) that has the judge as cold_start; empty runs it here", False, f"({URL})?")
     temperature: float = setting(1.0, "sampling temperature of the judge")
-    batch_rows: int = setting(256, "completions decoded together")
+    batch_rows: int = setting(256, "completions decoded together; changes memory and speed", False)
 
 
 @dataclass
@@ -173,15 +173,15 @@ class GRPO(Learning):
     consistency_weight: float = setting(0.0, "weight of a reward for sums that add up and a verdict that follows from them (not in the paper)")
     temperature: float = setting(1.0, "sampling temperature; log-probabilities are taken at the same one", allowed=(0.01, 100))
     max_new_tokens: int = setting(2048, "longest completion")
-    micro_prompts: int = setting(4, "groups per forward pass; changes memory and speed, never the result")
-    batch_rows: int = setting(256, "completions decoded together")
+    micro_prompts: int = setting(4, "groups per forward pass; changes memory and speed, never the result", False)
+    batch_rows: int = setting(256, "completions decoded together; changes memory and speed", False)
 
 
 @dataclass
 class Evaluate(Server):
     endpoint: str = setting("", "server (vLLM: http://HOST:8000/v1) of the checkpoints in `served`; empty runs all here", False, f"({URL})?")
     served: str = setting("grpo", "stages, with commas between, that endpoint serves by these names; others run here", False, f"{STAGE}(,{STAGE})*")
-    batch_rows: int = setting(256, "completions decoded together")
+    batch_rows: int = setting(256, "completions decoded together; changes memory and speed", False)
     test_pairs: int = setting(0, "pairs per task used of each split; 0 takes all", allowed=(0, 1e12))
 
 
@@ -310,7 +310,7 @@ def begin(stage: str, settings: Settings, folder: Path, again: str, anew: bool) 
 def do_stage(stage: str, settings: Settings, out: Path, command: str, anew: bool = False) -> None:
     """Runs one stage, from its start or from where it was stopped; done.json, written last, makes it count."""
     script, _, sections = STAGES[stage]
-    started, folder, again = time.time(), out / stage, f"python {script}.py {command} --stage {stage}"
+    started, folder, again, facts = time.time(), out / stage, f"python {script}.py {command} --stage {stage}", made_of(stage, settings, out)
     print(f"\n== {stage}: {again}", flush=True)
     folder.mkdir(parents=True, exist_ok=True)
     import torch
@@ -323,7 +323,7 @@ def do_stage(stage: str, settings: Settings, out: Path, command: str, anew: bool
     made = importlib.import_module(script).run(stage, settings, folder)
     for file in filter(Path.is_file, folder.iterdir()):
         flush(file)  # rows and weights are on the disk before done.json says so
-    facts = {"id": f"{stage} {time.time_ns()}", "made": made, "seconds": round(time.time() - started, 1), "made_of": made_of(stage, settings, out),
+    facts = {"id": f"{stage} {time.time_ns()}", "made": made, "seconds": round(time.time() - started, 1), "made_of": facts,
              "settings": {section: dataclasses.asdict(getattr(settings, section)) for section in ["run", *sections]}}
     write_text(folder / "done.json", json.dumps(facts, indent=1))
     wait_for_all()

@@ -118,16 +118,15 @@ def read_replies(file: Path) -> list:
 def generate_kept(file: Path | None, model, processor, prompts: list, own, seeds=None, label: str = "", **how) -> list:
     """M.generate_texts where nothing is served: four batches' worth of prompts at a time, whose texts are then in `file`, a line for them all. What
     is there already is not sampled again. The file belongs to these prompts, seeds and settings: whoever names it sees to that."""
-    texts, size, rows = [], 4 * own.batch_rows, read_replies(file) if file else []
+    texts, size = [text for row in read_replies(file) for text in row["texts"]] if file else [], 4 * own.batch_rows
     config.wait_for_all()  # all have read what the first will now add to
-    for k in range(0, len(prompts), size):
-        if k // size == len(rows):
-            place = f", from {k} of {len(prompts)}" if label and len(prompts) > size else ""
-            rows.append({"texts": M.generate_texts(model, processor, prompts[k : k + size], max_new_tokens=own.max_new_tokens, batch_rows=own.batch_rows,
-                                                   seeds=(seeds or range(len(prompts)))[k : k + size], label=label + place, **how)})
-            if file:
-                config.log(file.parent, rows[-1], file.name)
-        texts += rows[k // size]["texts"]
+    for k in range(len(texts) // how.get("group_size", 1), len(prompts), size):
+        place = f", from {k} of {len(prompts)}" if label and len(prompts) > size else ""
+        some = M.generate_texts(model, processor, prompts[k : k + size], max_new_tokens=own.max_new_tokens, batch_rows=own.batch_rows,
+                                seeds=(seeds or range(len(prompts)))[k : k + size], label=label + place, **how)
+        if file:
+            config.log(file.parent, {"texts": some}, file.name)
+        texts += some
     return texts
 
 
