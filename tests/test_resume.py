@@ -9,6 +9,7 @@ import resource
 import runpy
 import shutil
 import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -268,3 +269,28 @@ def test_memory_that_runs_out_is_one_line_that_names_what_to_lower(whole, tmp_pa
     inputs(whole, tmp_path / "run")
     code, printed = run(SFT + " --cold_start.batch_size 64", tmp_path / "run", limits={resource.RLIMIT_DATA: 90 * 2**20})
     assert code == 2 and "Traceback" not in printed and printed.splitlines()[-1].startswith("error: out of memory: lower micro_tokens"), printed
+
+
+def test_a_worker_that_dies_ends_all_with_one_line_and_the_same_command_goes_on(whole, tmp_path):
+    """Two processes that share the weights (FSDP2), each with a state of its own; the run of one process is the same but for rounding."""
+    out, line = tmp_path / "run", f"grpo.py --config smoke --out {tmp_path / 'run'} --stage grpo_direct {SMALLER} --grpo_direct.prompts_per_step 4{OFTEN}"
+    one, shared = tmp_path / "one", " --run.shard true"
+    for stage in ("data", "base"):
+        shutil.copytree(whole / stage, out / stage)
+        shutil.copytree(whole / stage, one / stage)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *(line + shared).split()]
+    how = {"cwd": ROOT, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "env": os.environ | {"OMP_NUM_THREADS": "1"}}
+    holds = has(out, "grpo_direct/*.0.state", 1)
+    with subprocess.Popen(command, **how) as first:
+        while first.poll() is None and not holds():
+            time.sleep(0.005)
+        os.kill(int(Path(f"/proc/{first.pid}/task/{first.pid}/children").read_text().split()[1]), signal.SIGKILL)
+        stderr = first.communicate(timeout=120)[1]
+    assert first.returncode != 0 and [text for text in stderr.splitlines() if text.startswith("error: ")] in (
+        [], ["error: another process of this run has ended; what was made is kept, and the same command goes on (--debug says where this was)"]), stderr
+    again = subprocess.run(command, timeout=300, **how)
+    assert again.returncode == 0 and "grpo_direct: goes on after step" in again.stdout, again.stderr
+    assert run(line.replace(str(out), "{0}"), one)[0] == 0
+    numbers, same = ([{key: row[key] for key in ("step", "reward", "kl", "grad_norm", "lr")} for row in rows(folder / "grpo_direct" / "metrics.jsonl")] for folder in (one, out))
+    assert [row["step"] for row in same] == [1, 2, 3] and all(row == pytest.approx(other, rel=1e-3, abs=1e-5) for row, other in zip(same, numbers))
+    assert not list(out.rglob("*.state"))
