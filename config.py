@@ -479,7 +479,7 @@ def write_file(path: Path, write) -> None:
             os.fsync(stream.fileno())
     except (OSError, RuntimeError, UnicodeError) as error:
         temporary.unlink(missing_ok=True)
-        raise error.__context__ or error  # torch.save calls what the disk said "unexpected pos"
+        raise error if isinstance(error, OSError) else error.__context__ or error  # torch.save calls what the disk said "unexpected pos"
     temporary.replace(path)
 
 

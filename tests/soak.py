@@ -61,6 +61,7 @@ def compare(stage: str, reference: Path, out: Path) -> str:
 def soak(kills: int, seed: int, stages: list, place: Path) -> list:
     """One row per stage: counts by name, and "wrong", a list of sentences."""
     draw, whole, table = random.Random(seed), place / "whole" / "run", []
+    whole.parent.mkdir()
     code, printed = run(CHAIN, whole)
     assert code == 0, printed
     for number, stage in enumerate(stages):
@@ -77,9 +78,9 @@ def soak(kills: int, seed: int, stages: list, place: Path) -> list:
         def fresh(to: Path) -> Path:
             """The run as it was before this stage."""
             shutil.rmtree(to, ignore_errors=True)
+            to.parent.mkdir(exist_ok=True)
             if stage not in ("data", "base"):
                 shutil.copytree(whole, to, ignore=lambda folder, names: [{"served": "distill"}.get(stage, stage)] if Path(folder) == whole else [])
-            to.parent.mkdir(parents=True, exist_ok=True)
             return to
 
         reference, started = fresh(place / stage / "left-alone"), time.time()
