@@ -4,7 +4,7 @@
 
 `NAME` is configs/NAME.toml or a path. A settings file has one section per stage and states only what differs from the paper's values,
 which are the defaults below. Every stage writes runs/NAME/STAGE/; running one first runs the stages before it whose output is missing
-or was made with other settings, and prints the command for each.
+or was made with other settings or rows, and prints the command for each.
 """
 
 import dataclasses
@@ -16,6 +16,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import sys
 import time
 import tomllib
@@ -30,6 +31,8 @@ from safetensors import SafetensorError
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 ROOT = Path(__file__).resolve().parent
 distributed = lambda: importlib.import_module("torch.distributed")  # torch is imported late: --help and a mistyped setting answer at once
+is_main = lambda: world()[0] == 0  # under torchrun only the first process writes files and prints
+wait_for_all = lambda: gather([])  # what one process has written is there for all from here on
 NAME, URL, STAGE = "[A-Z0-9_]*", r"https?://[^\s/@?#]+(/[^\s@?#]*)?", "(base|cold_start|rejection_sft|direct_sft|grpo|grpo_direct)"  # of settings
 
 
@@ -46,7 +49,7 @@ def setting(default, meaning: str, shapes: bool = True, allowed=None):
 
 
 def shaping(section) -> dict:
-    """The settings that can change what a stage makes; a new value of another, such as a time limit, makes no finished stage stale."""
+    """The settings that can change what a stage makes, in more than the last bits of a sum; a new value of another makes no stage stale."""
     return {f.name: getattr(section, f.name) for f in dataclasses.fields(section) if f.metadata["shapes"]}
 
 
@@ -88,18 +91,24 @@ class Model:
 
 
 @dataclass
-class SFT:
+class Learning:  # what SFT and GRPO have in common
     lr: float = setting(2.5e-6, "peak learning rate")
     warmup: float = setting(0.03, "share of the steps in which the learning rate rises; then a cosine brings it to zero", allowed=(0, 1))
+    max_grad_norm: float = setting(1.0, "gradients are scaled down to this norm")
+    max_skipped: int = setting(10, "steps in a row that may be skipped because loss or gradient is not finite; one more ends the run", False, (0, 1e12))
+    freeze_vision: bool = setting(True, "train the language model only")
+    gradient_checkpointing: bool = setting(False, "run layers again in backward instead of keeping activations (GRPO: prompts once per completion)", False)
+    offload: bool = setting(False, "on a GPU: keep fp32 weights, gradients and Adam's moments in host memory", False)
+    save_minutes: float = setting(2.0, "minutes between states that a stopped stage goes on from; longer where saving would take over 2% of the time", False)
+
+
+@dataclass
+class SFT(Learning):
     epochs: float = setting(3.0, "passes over the data")
     batch_size: int = setting(128, "examples per optimiser step")
-    micro_tokens: int = setting(16384, "tokens per forward pass, padding included; changes memory and speed, never the result")
+    micro_tokens: int = setting(16384, "tokens per forward pass, padding included; changes memory and speed, never the result", False)
     weight_decay: float = setting(0.0, "decoupled weight decay of AdamW")
-    max_grad_norm: float = setting(1.0, "gradients are scaled down to this norm")
     replay: float = setting(0.0, "practice examples of the base mixed in, per example of the stage's own; keeps direct answering alive")
-    freeze_vision: bool = setting(True, "train the language model only")
-    gradient_checkpointing: bool = setting(False, "run layers again in backward instead of keeping activations: a third slower, less memory")
-    offload: bool = setting(False, "on a GPU: keep fp32 weights, gradients and Adam's moments in host memory")
 
 
 @dataclass
@@ -117,6 +126,7 @@ class Server:  # how a served model is asked (distill.ask)
     key_variable: str = setting("", "NAME of the environment variable that holds the server's key; empty sends none", False, NAME)
     concurrency: int = setting(32, "requests under way at a time", shapes=False)
     timeout: float = setting(300.0, "seconds until a request is given up and tried again", False, (0.1, 1e6))
+    max_new_tokens: int = setting(2048, "longest completion")
     retries: int = setting(8, "attempts after the first, with growing waits or those the server asks for", False, (0, 1000))
     max_cost, price_in, price_out, max_side = 0.0, 0.0, 0.0, 16384  # of one's own server: nothing to pay, and pictures as they are
 
@@ -127,7 +137,6 @@ class Distill(Server):
     base_url: str = setting("https://api.openai.com/v1", "OpenAI-compatible server of the teacher, https://HOST/v1, no password in it", allowed=URL)
     key_variable: str = setting("OPENAI_API_KEY", "NAME of the environment variable whose key is sent to base_url; empty sends none", False, NAME)
     temperature: float = setting(1.0, "sampling temperature of a served teacher")
-    max_new_tokens: int = setting(2048, "longest reply")
     max_side: int = setting(1024, "longer side of the pictures sent, in pixels; larger ones are scaled down")
     max_cost: float = setting(20.0, "stop before all replies, those of earlier runs included, could cost more; 0 sets no limit", shapes=False)
     price_in: float = setting(2.5, "price of a million prompt tokens, in the unit of max_cost (default: gpt-4o in US dollars)", shapes=False)
@@ -139,12 +148,11 @@ class Distill(Server):
 class Rejection(Server):
     endpoint: str = setting("", "server (vLLM: http://HOST:8000/v1) that has the judge as cold_start; empty runs it here", False, f"({URL})?")
     temperature: float = setting(1.0, "sampling temperature of the judge")
-    max_new_tokens: int = setting(2048, "longest completion")
-    batch_rows: int = setting(256, "completions decoded together")
+    batch_rows: int = setting(256, "completions decoded together; changes memory and speed", False)
 
 
 @dataclass
-class GRPO:
+class GRPO(Learning):
     mode: str = setting("think", "think or answer (the control without chain of thought)", allowed="think|answer")
     start: str = setting("rejection_sft", "what is trained: base, cold_start, rejection_sft, direct_sft", allowed="base|cold_start|(rejection|direct)_sft")
     data: str = setting("wrong", "trained on: wrong (what the judge got wrong: the paper), correct, or pool (all)", allowed="wrong|correct|pool")
@@ -154,7 +162,6 @@ class GRPO:
     group_size: int = setting(8, "completions per prompt, G", allowed=(2, 1e6))
     updates_per_rollout: int = setting(1, "optimiser steps on each rollout; above 1 the clip begins to matter")
     lr: float = setting(1e-6, "peak learning rate")
-    warmup: float = setting(0.03, "share of the steps in which the learning rate rises", allowed=(0, 1))
     beta: float = setting(0.04, "weight of the KL penalty to the frozen reference; 0 does without a reference")
     kl: str = setting("k3", "KL estimator: k1, k2 or k3", allowed="k[123]")
     clip_low: float = setting(0.2, "the ratio is clipped below 1 - clip_low", allowed=(0, 1))
@@ -166,20 +173,15 @@ class GRPO:
     consistency_weight: float = setting(0.0, "weight of a reward for sums that add up and a verdict that follows from them (not in the paper)")
     temperature: float = setting(1.0, "sampling temperature; log-probabilities are taken at the same one", allowed=(0.01, 100))
     max_new_tokens: int = setting(2048, "longest completion")
-    micro_prompts: int = setting(4, "groups per forward pass; changes memory and speed, never the result")
-    max_grad_norm: float = setting(1.0, "gradients are scaled down to this norm")
-    freeze_vision: bool = setting(True, "train the language model only")
-    batch_rows: int = setting(256, "completions decoded together")
-    gradient_checkpointing: bool = setting(False, "run layers again in backward instead of keeping activations, and prompts once per completion")
-    offload: bool = setting(False, "on a GPU: keep fp32 weights, gradients and Adam's moments in host memory")
+    micro_prompts: int = setting(4, "groups per forward pass; changes memory and speed, never the result", False)
+    batch_rows: int = setting(256, "completions decoded together; changes memory and speed", False)
 
 
 @dataclass
 class Evaluate(Server):
     endpoint: str = setting("", "server (vLLM: http://HOST:8000/v1) of the checkpoints in `served`; empty runs all here", False, f"({URL})?")
     served: str = setting("grpo", "stages, with commas between, that endpoint serves by these names; others run here", False, f"{STAGE}(,{STAGE})*")
-    max_new_tokens: int = setting(2048, "longest completion")
-    batch_rows: int = setting(256, "completions decoded together")
+    batch_rows: int = setting(256, "completions decoded together; changes memory and speed", False)
     test_pairs: int = setting(0, "pairs per task used of each split; 0 takes all", allowed=(0, 1e12))
 
 
@@ -217,8 +219,7 @@ def set_value(settings: Settings, name: str, value, source: str) -> None:
         fits = False
     if not fits:  # a wrong text is not repeated: it may be a key
         raise UserError(f"{source}: {name} takes {takes}" + f"; {value!r} is none" * (kind is not str))
-    section, key = name.split(".")
-    setattr(getattr(settings, section), key, value)
+    setattr(getattr(settings, name.split(".")[0]), known[name].name, value)
 
 
 def load_settings(config: str, overrides: list) -> Settings:
@@ -230,23 +231,12 @@ def load_settings(config: str, overrides: list) -> Settings:
         table = tomllib.loads(read_text(path))
     except tomllib.TOMLDecodeError as error:
         raise UserError(f"{path}: {error}")
-    settings = Settings()
-    for section, values in table.items():
-        if not isinstance(values, dict):
-            raise UserError(f"{path}: {section!r} stands outside a section; write it under [section]")
-        for key, value in values.items():
-            set_value(settings, f"{section}.{key}", value, str(path))
-    for name, value in overrides:
-        set_value(settings, name, value, f"--{name}")
+    if loose := [name for name, values in table.items() if not isinstance(values, dict)]:
+        raise UserError(f"{path}: {loose[0]!r} stands outside a section; write it under [section]")
+    settings, given = Settings(), [(f"{section}.{key}", value, str(path)) for section, values in table.items() for key, value in values.items()]
+    for name, value, source in given + [(name, value, f"--{name}") for name, value in overrides]:
+        set_value(settings, name, value, source)
     return settings
-
-
-def help_text(doc: str) -> str:
-    lines = [doc.strip(), "", "settings (section.key = default: meaning)"]
-    for section in dataclasses.fields(Settings):
-        values = section.default_factory()
-        lines += [""] + [f"  --{section.name}.{f.name} = {getattr(values, f.name)!r}: {f.metadata['help']}" for f in dataclasses.fields(values)]
-    return "\n".join(lines)
 
 
 # ----------------------------------------------------------------------------------------------------------------- stages
@@ -259,7 +249,7 @@ STAGES = {  # name: (script, stages whose output it reads, sections that shape i
     "rejection": ("rejection", ["data", "cold_start"], ["rejection"]),
     "rejection_sft": ("sft", ["cold_start", "rejection"], ["rejection_sft"]),
     "direct_sft": ("sft", ["base", "rejection"], ["direct_sft"]),
-    "grpo": ("grpo", ["rejection_sft", "rejection"], ["grpo"]),
+    "grpo": ("grpo", ["rejection_sft", "rejection", "data"], ["grpo"]),
     "grpo_direct": ("grpo", ["base", "data"], ["grpo_direct"]),
     "evaluate": ("evaluate", ["data", "base", "direct_sft", "grpo_direct", "cold_start", "rejection_sft", "grpo"], ["evaluate"]),
 }
@@ -269,64 +259,76 @@ ROWS = [  # of the stage table, the paper's and one control: (name, checkpoint, 
     ("full, answered without CoT", "grpo", "answer")]
 
 
-def fingerprint(stage: str, settings: Settings) -> str:
-    """Changes when the settings of the stage or of anything it is made from change."""
-    _, inputs, sections = STAGES[stage]
-    facts = [shaping(getattr(settings, section)) for section in sections] + [settings.run.seed] + [fingerprint(s, settings) for s in inputs]
-    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def done(stage: str, out: Path) -> dict:
-    """What done.json says of a finished stage; empty where it is missing or damaged, and the stage is to be run again."""
+def read_facts(file: Path) -> dict:
+    """What a done.json or begun.json says; empty where it is missing or damaged."""
     try:
-        return dict(json.loads((out / stage / "done.json").read_text(encoding="utf-8")))
+        return dict(json.loads(file.read_text(encoding="utf-8")))
     except (FileNotFoundError, ValueError, TypeError):
         return {}
 
 
 def made_by(stage: str, out: Path) -> str | None:
     """Names the run of a stage that its folder holds; None if it is not finished. A repeated stage gets a new name."""
-    return done(stage, out).get("id")
+    return read_facts(out / stage / "done.json").get("id")
+
+
+def made_of(stage: str, settings: Settings, out: Path) -> dict:
+    """What decides the result of a stage, by name: its settings, which runs of the stages it reads, and the rows that these wrote."""
+    _, inputs, sections = STAGES[stage]
+    facts = {f"{section}.{key}": value for section in sections for key, value in shaping(getattr(settings, section)).items()}
+    rows = {f"{s}/{file.name}": hashlib.sha256(file.read_bytes()).hexdigest()[:16] for s in inputs for file in (out / s).glob("*.jsonl")}
+    return facts | rows | {"run.seed": settings.run.seed} | {s: made_by(s, out) for s in inputs}
 
 
 def is_done(stage: str, settings: Settings, out: Path) -> bool:
     """Finished, with these settings, from what its inputs hold now."""
-    facts = {"fingerprint": fingerprint(stage, settings), "inputs": [made_by(s, out) for s in STAGES[stage][1]]}
-    return facts.items() <= done(stage, out).items()
+    return read_facts(out / stage / "done.json").get("made_of") == made_of(stage, settings, out)
 
 
 def plan(targets: list) -> list:
     """The stages to have for `targets`, each after the ones it reads."""
-    stages = []
-    for target in targets:
-        stages += [stage for stage in plan(STAGES[target][1]) + [target] if stage not in stages]
-    return stages
+    return list(dict.fromkeys(stage for target in targets for stage in plan(STAGES[target][1]) + [target]))
 
 
-def do_stage(stage: str, settings: Settings, out: Path, command: str) -> None:
-    """Runs one stage into an empty folder, but for replies that a server was asked for; done.json, written last, makes it count."""
-    script, inputs, sections = STAGES[stage]
-    print(f"\n== {stage}: python {script}.py {command} --stage {stage}", flush=True)
-    started = time.time()
-    folder = out / stage
-    if is_main() and folder.exists() and stage != "evaluate":  # evaluate keeps its judgements and knows which of them are still valid
-        for item in [item for item in folder.iterdir() if item.name != "replies.jsonl"]:
+def begin(stage: str, settings: Settings, folder: Path, again: str, anew: bool) -> None:
+    """Readies the folder of a stage. What was stopped is gone on with, if it is made of the same; else all goes, but for replies of a server."""
+    threads = importlib.import_module("torch").get_num_threads()
+    facts = made_of(stage, settings, folder.parent) | {"processes that share the weights": world()[1] if settings.run.shard else 1}
+    begun = {} if anew or made_by(stage, folder.parent) else read_facts(folder / "begun.json")
+    was = begun.get("made_of", facts)
+    if changed := [f"{key} was {was.get(key)}, is {facts.get(key)}" for key in was | facts if was.get(key) != facts.get(key)]:
+        raise UserError(f"{folder} was begun otherwise: {'; '.join(changed)}. Put that back, or begin anew: {again} --force")
+    if begun.get("threads", threads) != threads:
+        print(f"   was begun with {begun['threads']} threads, goes on with {threads}: sums may differ in their last bits", flush=True)
+    kept, going_on = ["replies.jsonl"] + ["begun.json", "texts.jsonl"] * bool(begun), begun and any(folder.glob("*.0.state"))
+    for item in sorted(folder.iterdir(), key=lambda item: item.name != "begun.json"):  # that first: what is half removed is not gone on with
+        if item.suffix == ".tmp" or not going_on and item.name not in kept:
             shutil.rmtree(item) if item.is_dir() else item.unlink()
-    wait_for_all()
+    write_text(folder / "begun.json", json.dumps({"made_of": facts, "threads": threads}))
+
+
+def do_stage(stage: str, settings: Settings, out: Path, command: str, anew: bool = False) -> None:
+    """Runs one stage, from its start or from where it was stopped; done.json, written last, makes it count."""
+    script, _, sections = STAGES[stage]
+    started, folder, again, facts = time.time(), out / stage, f"python {script}.py {command} --stage {stage}", made_of(stage, settings, out)
+    print(f"\n== {stage}: {again}", flush=True)
     folder.mkdir(parents=True, exist_ok=True)
     import torch
-
     if settings.run.threads:
         torch.set_num_threads(settings.run.threads)
+    if is_main() and stage != "evaluate":  # evaluate keeps its judgements and knows which of them are still valid
+        begin(stage, settings, folder, again, anew)
+    wait_for_all()
     torch.manual_seed(int.from_bytes(hashlib.sha256(f"{settings.run.seed}/{stage}".encode()).digest()[:4], "big"))
     made = importlib.import_module(script).run(stage, settings, folder)
-    resolved = {section: dataclasses.asdict(getattr(settings, section)) for section in ["run", *sections]}
     for file in filter(Path.is_file, folder.iterdir()):
         flush(file)  # rows and weights are on the disk before done.json says so
-    facts = {"id": f"{stage} {time.time_ns()}", "inputs": [made_by(s, out) for s in inputs], "fingerprint": fingerprint(stage, settings),
-            "made": made, "seconds": round(time.time() - started, 1), "settings": resolved}
+    facts = {"id": f"{stage} {time.time_ns()}", "made": made, "seconds": round(time.time() - started, 1), "made_of": facts,
+             "settings": {section: dataclasses.asdict(getattr(settings, section)) for section in ["run", *sections]}}
     write_text(folder / "done.json", json.dumps(facts, indent=1))
     wait_for_all()
+    for file in [*folder.glob("*.state"), folder / "texts.jsonl", folder / "begun.json"] if is_main() else []:
+        file.unlink(missing_ok=True)
     print(f"   {made} ({facts['seconds']:.0f} s) -> {folder}", flush=True)
 
 
@@ -335,26 +337,15 @@ def world() -> tuple:
     return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
-def is_main() -> bool:
-    """Under torchrun only the first process writes files and prints."""
-    return world()[0] == 0
-
-
 def join_processes() -> None:
-    if world()[1] > 1:
-        if gpu := importlib.import_module("torch").cuda.is_available():
-            importlib.import_module("torch").cuda.set_device(int(os.environ["LOCAL_RANK"]))  # what "cuda" means from here on
-        # One may wait for hours while another asks a teacher; a process that dies is torchrun's to notice, and it ends the others.
-        distributed().init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo", timeout=timedelta(days=7))
-        if not is_main():
-            sys.stdout = open(os.devnull, "w")
-
-
-def leave_processes() -> None:
-    """At the end of a run without faults; unasked, the threads of gloo may abort a process that exits."""
-    if world()[1] > 1:
-        wait_for_all()
-        distributed().destroy_process_group()
+    if world()[1] == 1:
+        return
+    if gpu := importlib.import_module("torch").cuda.is_available():
+        importlib.import_module("torch").cuda.set_device(int(os.environ["LOCAL_RANK"]))  # what "cuda" means from here on
+    # One may wait for hours while another asks a teacher; a process that dies is torchrun's to notice, and it ends the others.
+    distributed().init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo", timeout=timedelta(days=7))
+    if not is_main():
+        sys.stdout = open(os.devnull, "w")
 
 
 def give_up(error: str) -> None:
@@ -366,8 +357,7 @@ def give_up(error: str) -> None:
 
 def share(items):
     """This process's part of what there is to do, of a list or the rows of a tensor: every n-th, since neighbours are alike in cost."""
-    rank, processes = world()
-    return items[rank::processes]
+    return items[world()[0] :: world()[1]]
 
 
 def gather(made: list) -> list:
@@ -378,17 +368,11 @@ def gather(made: list) -> list:
     return [parts[k % len(parts)][k // len(parts)] for k in range(sum(map(len, parts)))]
 
 
-def wait_for_all() -> None:
-    """What one process has written is there for all from here on."""
-    gather([])
-
-
 def checkpoint(stage: str, settings: Settings, out: Path) -> str:
     """Path of the weights a stage ended with. The base may be one that was not trained here."""
-    if stage == "base" and settings.model.path and not settings.base.rebuild:
-        local = ROOT / settings.model.path
-        return str(local) if local.is_dir() else settings.model.path
-    return str(out / stage)
+    if stage != "base" or settings.base.rebuild or not settings.model.path:
+        return str(out / stage)
+    return str(ROOT / settings.model.path) if (ROOT / settings.model.path).is_dir() else settings.model.path
 
 
 def one_line(text) -> str:
@@ -400,51 +384,55 @@ def main(default_stage: str, commands=None) -> None:
     """Entry point of every script: runs a command, {its name: function of the arguments after it}, or the stage and what it needs. A mistake of the
     user's and a fault of the machine's disk or memory are one line on stderr; --debug shows where they came up."""
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
+    after = "; what was made is kept, and the same command goes on"
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         join_processes()
         commands[arguments[0]](arguments[1:]) if arguments and arguments[0] in (commands or {}) else run_stages(default_stage, arguments)
-        leave_processes()
+        if world()[1] > 1:  # unasked, the threads of gloo may abort a process that exits
+            wait_for_all()
+            distributed().destroy_process_group()
     except KeyboardInterrupt:
-        print("\ninterrupted: finished stages are kept; the same command goes on from the one that was running", file=sys.stderr)
+        print("" if not is_main() else f"\ninterrupted{after}" + " without --force" * ("--force" in arguments), file=sys.stderr, flush=True)
         sys.exit(130)
-    except (UserError, OSError, MemoryError, SafetensorError, UnicodeEncodeError) as error:
+    except (UserError, OSError, MemoryError, RuntimeError, SafetensorError, UnicodeEncodeError) as error:
+        said = str(error) or type(error).__name__
+        if isinstance(error, (RuntimeError, MemoryError)):  # torch has no other word for these two
+            if not (kind := re.search(r"(?i)(MemoryError|allocate|out of memory)|gloo|nccl|connection (closed|reset)", type(error).__name__ + said)):
+                raise
+            said = "out of memory: lower micro_tokens (SFT), micro_prompts (GRPO) or batch_rows" if kind[1] else "another process of this run has ended"
         if "--debug" in sys.argv:
             traceback.print_exc()
-        after = "" if isinstance(error, UserError) else "; what was finished is kept, and the same command goes on (--debug says where this was)"
-        give_up(one_line(str(error) or type(error).__name__) + after)
+        give_up(one_line(said) + ("" if isinstance(error, UserError) else f"{after} (--debug says where this was)"))
 
 
 def run_stages(default_stage: str, arguments: list) -> None:
     import __main__
 
-    if default_stage == "data" and arguments[:1] == ["inspect"]:
-        return importlib.import_module("report").inspect(arguments[1:])
     options, overrides = {}, []
-    while arguments:
-        name, equals, value = arguments.pop(0).partition("=")
+    words = iter([word for argument in arguments for word in argument.split("=", 1 if argument.startswith("--") else 0)])
+    for name in words:
         if name in ("-h", "--help", "--force"):
             options[name] = True
-            continue
-        if not name.startswith("--"):
+        elif not name.startswith("--"):
             raise UserError(f"unexpected argument {name!r}; settings are given as --section.key value")
-        if not equals and not arguments:
-            raise UserError(f"{name} needs a value")
-        value = value if equals else arguments.pop(0)
-        if "." in name:
-            overrides.append((name[2:], value))
-        elif name in ("--config", "--stage", "--out"):
-            options[name] = value
-        else:
+        elif "." not in name and name not in ("--config", "--stage", "--out"):
             raise UserError(f"unknown option {name}; options are --config, --stage, --out, --force, --help, --debug and --section.key")
+        elif (value := next(words, None)) is None:
+            raise UserError(f"{name} needs a value")
+        else:
+            overrides.append((name[2:], value)) if "." in name else options.update({name: value})
     if "--help" in options or "-h" in options:
-        return print(help_text(__main__.__doc__))
+        lines = [__main__.__doc__.strip(), "", "settings (section.key = default: meaning)"]
+        for section in dataclasses.fields(Settings):
+            values = section.default_factory()
+            lines += [""] + [f"  --{section.name}.{f.name} = {getattr(values, f.name)!r}: {f.metadata['help']}" for f in dataclasses.fields(values)]
+        return print("\n".join(lines))
     if "--config" not in options:
         raise UserError("say which settings: --config small (or a path to a .toml file); --help lists everything")
     stage = options.get("--stage", default_stage)
-    script = STAGES[default_stage][0]
-    allowed = [name for name, entry in STAGES.items() if entry[0] == script]
-    if stage not in allowed:
-        raise UserError(f"--stage {stage}: {script}.py runs {', '.join(allowed)}")
+    if stage not in (allowed := [name for name, entry in STAGES.items() if entry[0] == STAGES[default_stage][0]]):
+        raise UserError(f"--stage {stage}: {STAGES[default_stage][0]}.py runs {', '.join(allowed)}")
     settings = load_settings(options["--config"], overrides)
     importlib.import_module("model").limits = settings.data
     out = Path(options.get("--out", ROOT / "runs" / Path(options["--config"]).stem)).resolve()
@@ -458,12 +446,10 @@ def run_stages(default_stage: str, arguments: list) -> None:
             raise UserError(f"another process is at work in {out}: wait for it, or give another --out")
         for step in plan(["data", stage, "evaluate"] if whole else [stage]):
             if not is_done(step, settings, out) or ("--force" in options and step == stage):
-                do_stage(step, settings, out, command)
+                do_stage(step, settings, out, command, "--force" in options and step == stage)
             if whole:  # a chain that takes minutes shows early what each stage did
                 importlib.import_module("evaluate").after(step, settings, out)
-    if whole:
-        print("\n" + (out / "evaluate" / "table.txt").read_text())
-    print(f"report: {out / 'evaluate' / 'report.html'}" if whole else f"{stage} is ready in {out / stage}")
+    print(f"\n{(out / 'evaluate' / 'table.txt').read_text()}\nreport: {out / 'evaluate' / 'report.html'}" if whole else f"{stage} is ready in {out / stage}")
 
 
 # ------------------------------------------------------------------------------------------------------------- small tools
@@ -476,47 +462,39 @@ def read_text(path) -> str:
         raise UserError(f"cannot read {path}: {error}")
 
 
-def flush(path: Path) -> None:
+def flush(path: Path) -> int:
+    """Has a file on the disk before it returns its length."""
     with open(path) as file:
         os.fsync(file.fileno())
+        return os.fstat(file.fileno()).st_size
 
 
-def write_text(path: Path, text: str) -> None:
-    """Whole or not at all, and by one process."""
-    if not is_main():
-        return
+def write_file(path: Path, write) -> None:
+    """What `write` puts into the stream it is given becomes `path` whole or not at all."""
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    flush(temporary)
+    try:
+        with open(temporary, "wb") as stream:
+            write(stream)
+            stream.flush()
+            os.fsync(stream.fileno())
+    except (OSError, RuntimeError, UnicodeError) as error:
+        temporary.unlink(missing_ok=True)
+        raise error if isinstance(error, OSError) else error.__context__ or error  # torch.save calls what the disk said "unexpected pos"
     temporary.replace(path)
 
 
+def write_text(path: Path, text: str) -> None:
+    if is_main():
+        write_file(path, lambda stream: stream.write(text.encode()))
+
+
 def log(folder: Path, row: dict, file: str = "metrics.jsonl") -> None:
-    if not is_main():
-        return
-    with open(folder / file, "a", encoding="utf-8") as stream:
+    with open(folder / file if is_main() else os.devnull, "a", encoding="utf-8") as stream:
         stream.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 
 def progress(items, label: str):
-    """Yields from the sequence `items`: a tqdm bar on a terminal; in a log file, where a bar's carriage returns are unreadable, a line
-    every twenty seconds."""
-    if sys.stderr.isatty() and is_main():
-        from tqdm import tqdm
-
-        yield from tqdm(items, desc=f"   {label}", leave=False, mininterval=0.5)
-        return
-    started = shown = time.time()
-    for done, item in enumerate(items):
-        if time.time() - shown > 20:
-            shown = time.time()
-            print(f"   {label}: {done} of {len(items)}, {shown - started:.0f} s so far, about {(shown - started) / done * (len(items) - done):.0f} s to go", flush=True)
-        yield item
-
-
-def pick(rows: list, strategy: str, rng) -> list:
-    """"all" (or ""), "first:N", "end:N", "random:N" or "N%" (a random share, rounded up) of `rows`, in their order."""
-    kind, _, number = strategy.removesuffix("%").rpartition(":")
-    count = len(rows) if number in ("", "all") else -(-len(rows) * int(number) // 100) if strategy.endswith("%") else int(number)
-    chosen = sorted(rng.sample(range(len(rows)), min(count, len(rows))))
-    return rows[:count] if kind == "first" else rows[max(0, len(rows) - count) :] if kind == "end" else [rows[k] for k in chosen]
+    """A tqdm bar over the sequence `items` on a terminal; in a log file, where a bar is unreadable, a line every twenty seconds."""
+    shape = {"mininterval": 0.5} if sys.stderr.isatty() else {
+        "mininterval": 20, "delay": 20, "bar_format": "{desc}: {n} of {total}, {elapsed} so far, about {remaining} to go\n"}
+    return importlib.import_module("tqdm").tqdm(items, f"   {label}", leave=False, disable=not is_main(), **shape)

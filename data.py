@@ -401,6 +401,14 @@ def fit_clips(clips: list, frames: int = 8, pair_frames: int = 8) -> list:
     return [shown(clip) for clip in clips]
 
 
+def pick(rows: list, strategy: str, rng) -> list:
+    """"all" (or ""), "first:N", "end:N", "random:N" or "N%" (a random share, rounded up) of `rows`, in their order."""
+    kind, _, number = strategy.removesuffix("%").rpartition(":")
+    count = len(rows) if number in ("", "all") else -(-len(rows) * int(number) // 100) if strategy.endswith("%") else int(number)
+    chosen = sorted(rng.sample(range(len(rows)), min(count, len(rows))))
+    return rows[:count] if kind == "first" else rows[max(0, len(rows) - count) :] if kind == "end" else [rows[k] for k in chosen]
+
+
 def usable(row: dict, folder: Path, own: config.Data) -> Sample:
     """The pair of a row, its videos fitted; ValueError or UserError says why it is of no use. All media are decoded: better here than hours later.
     A row written by a stranger shows nothing from outside own.media_within (or the folder its paths begin at), wherever `..` and links lead."""
@@ -436,7 +444,7 @@ def write_sources(split: str, settings: config.Settings, out: Path) -> dict:
         path, strategy = re.fullmatch(r"(.+?)(?:@(all|(?:first|end|random):[0-9]+|[0-9]+%))?", source).groups("all")
         if not Path(path).is_file():
             raise config.UserError(f"data.{split}: no file {path}; a source is PATH, PATH@all, PATH@first:N, PATH@end:N, PATH@random:N or PATH@N%")
-        read, choose, before = lambda row, folder: usable(row, folder, own), lambda rows: config.pick(rows, strategy, rng), len(samples)
+        read, choose, before = lambda row, folder: usable(row, folder, own), lambda rows: pick(rows, strategy, rng), len(samples)
         samples += read_rows(path, read, choose, bad, f"{split}: {path}")
         print(f"   {split}: {len(samples) - before} pairs from {source}", flush=True)
     print("".join(f"   bad row: {line}\n" for line in bad), end="", flush=True)
@@ -451,4 +459,4 @@ def write_sources(split: str, settings: config.Settings, out: Path) -> dict:
 
 
 if __name__ == "__main__":
-    config.main("data")
+    config.main("data", {"inspect": lambda arguments: config.importlib.import_module("report").inspect(arguments)})

@@ -115,6 +115,21 @@ def read_replies(file: Path) -> list:
     return data.read_jsonl(file)
 
 
+def generate_kept(file: Path | None, model, processor, prompts: list, own, seeds=None, label: str = "", **how) -> list:
+    """M.generate_texts where nothing is served: four batches' worth of prompts at a time, whose texts are then in `file`, a line for them all. What
+    is there already is not sampled again. The file belongs to these prompts, seeds and settings: whoever names it sees to that."""
+    texts, size = [text for row in read_replies(file) for text in row["texts"]] if file else [], 4 * own.batch_rows
+    config.wait_for_all()  # all have read what the first will now add to
+    for k in range(len(texts) // how.get("group_size", 1), len(prompts), size):
+        place = f", from {k} of {len(prompts)}" if label and len(prompts) > size else ""
+        some = M.generate_texts(model, processor, prompts[k : k + size], max_new_tokens=own.max_new_tokens, batch_rows=own.batch_rows,
+                                seeds=(seeds or range(len(prompts)))[k : k + size], label=label + place, **how)
+        if file:
+            config.log(file.parent, {"texts": some}, file.name)
+        texts += some
+    return texts
+
+
 def fetch(asked: dict, own: config.Server, url: str, request: dict, file: Path, label: str) -> None:
     """Appends to `file` a row for each of `asked`, {key: (sample id, content parts)}, that it lacks; own.concurrency requests at a time.
     After a problem, or when max_cost could be passed, nothing new is sent, but what is under way is waited for and kept."""

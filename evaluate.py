@@ -92,18 +92,18 @@ def tie_metrics(rows: list) -> dict:
 
 
 def judge(model, processor, samples: list, mode: str, own: config.Evaluate, allow_tie: bool = False, label: str = "", orders: tuple = (False,),
-          style: str = "short", template: str = "", votes: int = 0) -> list:
+          style: str = "short", template: str = "", votes: int = 0, file: Path | None = None) -> list:
     """Judges each of `samples` in each of `orders` (False: as given, True: swapped, where it can be), greedily or `votes` times at temperature 1;
     one row per judgement, those of a sample together. `template` replaces the text of the prompt. Without a processor `model` is the server:
-    arguments of distill.ask, which answers once."""
+    arguments of distill.ask, which answers once. `file` keeps the texts, see distill.generate_kept."""
     prefix, repeats = data.THINK if mode == "think" else "", votes or 1
     asked = [(s.swapped() if swapped else s, swapped) for s in samples for swapped in orders if s.turns or not swapped]
     shown = [config.dataclasses.replace(s, problem=data.fill_template(template, s, mode)) if template else s for s, _ in asked]
     if processor is None:
         texts = [reply["text"] for reply in distill.ask(shown, own, **model, mode=mode, allow_tie=allow_tie, label=label or "asking")]
     else:
-        texts = M.generate_texts(model, processor, [data.build_prompt(s, mode, style, allow_tie) for s in shown], prefix, repeats, own.max_new_tokens,
-                                 1.0 if votes else 0.0, own.batch_rows, label=label)
+        texts = distill.generate_kept(file, model, processor, [data.build_prompt(s, mode, style, allow_tie) for s in shown], own, label=label, prefix=prefix,
+                                      group_size=repeats, temperature=1.0 if votes else 0.0)
     rows = []
     for (sample, swapped), text in zip([one for one in asked for _ in range(repeats)], texts):
         verdict = data.parse_verdict(text, sample.task)
@@ -137,7 +137,8 @@ def judge_checkpoint(stage: str, mode: str, settings: config.Settings, out: Path
             if not (samples := read_split(split, settings, out)):
                 continue
             orders = (False, True) if split == "test" else (False,)
-            judged = judge(model, processor, samples, mode, settings.evaluate, split == "ties", f"{stage}, {mode}: {split}", orders)
+            file = folder / f"{stage}-{mode}-{split}-{hashlib.sha256(json.dumps(state).encode()).hexdigest()[:16]}.texts"
+            judged = judge(model, processor, samples, mode, settings.evaluate, split == "ties", f"{stage}, {mode}: {split}", orders, file=file)
             rows += [{"split": split} | row for row in judged]
         data.write_jsonl(kept, rows)
         made = {"state": state, "splits": {split: {scope: summarise(found) for scope in (*data.TASKS, "all")
@@ -146,6 +147,8 @@ def judge_checkpoint(stage: str, mode: str, settings: config.Settings, out: Path
         ties = [r for r in rows if r["split"] == "ties"]
         made["ties"] = {name: cell["accuracy"] for name, cell in tie_metrics(ties).items()} if ties else {}
         config.write_text(mark, json.dumps(made, indent=1))
+        for file in folder.glob(f"{stage}-{mode}-*.texts") if config.is_main() else []:
+            file.unlink()
     config.wait_for_all()
     return json.loads(mark.read_text())
 

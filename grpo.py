@@ -18,7 +18,6 @@ those of the distribution that was sampled. (5) The prompt is run once per group
     python grpo.py --config small
 """
 
-import math
 import random
 import re
 import time
@@ -29,7 +28,7 @@ import torch
 import config
 import data
 import model as M
-from sft import join_gradients, learning_rate, optimizer_for
+from sft import batches, finish_update, learning_rate, optimizer_for, steps_to_go
 
 # ---------------------------------------------------------------------------------------------------------- the mathematics
 
@@ -138,11 +137,7 @@ def update(model, processor, optimizer, prompts: list, made: M.Completions, adva
         metrics |= {"loss": loss.item(), "entropy": entropy.sum().item() / tokens, "length": made.lengths[rows].sum().item() / rollouts,
                     "truncated_share": made.truncated[rows].sum().item() / rollouts}
         totals = {name: totals.get(name, 0.0) + value for name, value in metrics.items()}
-    totals = join_gradients(optimizer.param_groups[0]["params"], totals, own.max_grad_norm)
-    if not math.isfinite(totals["grad_norm"]):
-        raise config.UserError(f"the gradient is not finite; lower the learning rate (lr = {own.lr}) or raise beta")
-    optimizer.step()
-    return totals
+    return finish_update(optimizer, totals, own)
 
 
 # ------------------------------------------------------------------------------------------------------------------ stage
@@ -167,13 +162,9 @@ def run(stage: str, settings: config.Settings, folder: Path) -> str:
     model, processor = M.load(start, shard=settings.run.shard)
     reference = M.load(start, shard=settings.run.shard)[0] if own.beta else None
     optimizer = optimizer_for(model, own)
-    rng, order, first_rewards, last_rewards = random.Random(f"{settings.run.seed}/{stage}"), [], [], []
-    for step in config.progress(range(own.steps), stage):
-        while len(order) < own.prompts_per_step:
-            order += rng.sample(range(len(samples)), len(samples))
-        batch, order = [samples[k] for k in order[: own.prompts_per_step]], order[own.prompts_per_step :]
-        if own.random_order:
-            batch = [sample.swapped() if sample.turns and rng.random() < 0.5 else sample for sample in batch]
+    turn = lambda sample, rng: sample.swapped() if own.random_order and sample.turns and rng.random() < 0.5 else sample
+    drawn = batches(samples, own.prompts_per_step, f"{settings.run.seed}/{stage}", turn)
+    for step, batch in steps_to_go(drawn, own.steps, stage, folder, model, optimizer, own.save_minutes):
         clock, mine = [time.time()], config.share(batch)  # the prompts of this process; all of them, where it is the only one
         prompts = [M.encode(processor, model, data.build_prompt(s, own.mode), data.THINK if own.mode == "think" else "") for s in mine]
         draw = random.Random(f"{settings.run.seed}/{stage}/{step}")  # what is sampled depends on step and prompt, not on the process
@@ -189,9 +180,7 @@ def run(stage: str, settings: config.Settings, folder: Path) -> str:
                 ref_logprobs = torch.cat([M.completion_logprobs(reference, processor, prompts[k : k + own.micro_prompts], ids, lengths, own.temperature)
                                           for k, ids, lengths in zip(starts, made.ids.split(rows), made.lengths.split(rows))])
         clock.append(time.time())
-        rate = learning_rate(step, own.steps, own.lr, own.warmup)
-        for group in optimizer.param_groups:
-            group["lr"] = rate
+        optimizer.param_groups[0]["lr"] = rate = learning_rate(step, own.steps, own.lr, own.warmup)
         for _ in range(own.updates_per_rollout):
             metrics = update(model, processor, optimizer, prompts, made, config.share(advantages), ref_logprobs, own)
         clock.append(time.time())
@@ -203,11 +192,12 @@ def run(stage: str, settings: config.Settings, folder: Path) -> str:
         group = slice(shown * own.group_size, (shown + 1) * own.group_size)
         config.log(folder, {"step": step + 1, "id": batch[shown].id, "task": batch[shown].task, "label": batch[shown].label, "prompt": batch[shown].prompt,
                             "answers": batch[shown].answers, "completions": texts[group], "rewards": total[shown].tolist(), "advantages": advantages[shown].tolist()}, "samples.jsonl")
-        (first_rewards if step < max(1, own.steps // 5) else last_rewards).append(row["reward_accuracy"])
-        last_rewards = last_rewards[-max(1, own.steps // 5) :]
     M.save(model, processor, folder)
-    mean = lambda values: sum(values) / max(1, len(values))
-    return f"{own.steps} steps of {own.prompts_per_step} x {own.group_size} completions on {len(samples)} samples; accuracy reward {mean(first_rewards):.2f} in the first fifth, {mean(last_rewards):.2f} in the last"
+    config.wait_for_all()  # all rows are there
+    rewards, fifth = [row["reward_accuracy"] for row in data.read_jsonl(folder / "metrics.jsonl")], max(1, own.steps // 5)
+    first, last = (sum(some) / fifth for some in (rewards[:fifth], rewards[-fifth:]))
+    return (f"{own.steps} steps of {own.prompts_per_step} x {own.group_size} completions on {len(samples)} samples; "
+            f"accuracy reward {first:.2f} in the first fifth, {last:.2f} in the last")
 
 
 if __name__ == "__main__":

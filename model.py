@@ -11,6 +11,7 @@ cache. `completion_logprobs(..., share_prompt=False)` is the plain form, one ful
 
 import functools
 import json
+import os
 import re
 import struct
 from dataclasses import dataclass, field
@@ -122,6 +123,49 @@ def save(model, processor: Processor, folder: Path, dtype: torch.dtype | None = 
     processor.image_processor.save_pretrained(folder)
     for name, text in processor.files.items():
         (Path(folder) / name).write_text(text, encoding="utf-8")
+
+
+@torch.no_grad()
+def keep(folder: Path, name: str, step: int, optimizer) -> None:
+    """Writes what was learnt in `step` steps, Adam's moments and the lengths of the stage's logs, then deletes the state before. No random state is
+    needed: whatever is drawn comes from seed, stage, step and prompt. Of sharded weights each process writes its part, the first one last: its file counts."""
+    learning, rank = optimizer.param_groups[0]["params"], config.world()[0]
+    sharded = isinstance(learning[0], DTensor)
+    for turn in (rank > 0, rank == 0):
+        if turn and (sharded or rank == 0):
+            logs = {log.name: config.flush(log) for log in folder.glob("*.jsonl")}
+            moments = [{key: local(value) for key, value in optimizer.state[p].items()} for p in learning]
+            state = {"logs": logs, "learnt": [local(p.detach()) for p in learning], "moments": moments}
+            config.write_file(folder / f"{name}.{step}.{rank}.state", lambda stream: torch.save(state, stream))
+        config.wait_for_all()
+    for file in set(folder.glob(f"{name}.*.{rank}.state")) - {folder / f"{name}.{step}.{rank}.state"}:
+        file.unlink()
+
+
+@torch.no_grad()
+def resume(folder: Path, name: str, model, optimizer) -> int:
+    """Puts back the last state, cuts the logs to what they were then, and returns its step; 0 where there is none."""
+    step = max((int(file.name.split(".")[-3]) for file in folder.glob(f"{name}.*.0.state")), default=0)
+    if step:
+        learning = optimizer.param_groups[0]["params"]
+        rank = config.world()[0] if isinstance(learning[0], DTensor) else 0
+        state = torch.load(folder / f"{name}.{step}.{rank}.state", map_location="cpu", weights_only=True, mmap=True)
+        for p, value, moments in zip(learning, state["learnt"], state["moments"]):
+            local(p).copy_(value)
+            optimizer.state[p] = {key: torch.zeros_like(moment if key == "step" else p) for key, moment in moments.items()}
+            for key, moment in moments.items():
+                local(optimizer.state[p][key]).copy_(moment)
+        for p, copy in zip([p for p in model.parameters() if p.requires_grad], learning):
+            p.copy_(copy)  # a bf16 model has fp32 copies that learn
+        for log in folder.glob("*.jsonl") if config.is_main() else ():
+            os.truncate(log, state["logs"].get(log.name, 0))
+        print(f"   {name}: goes on after step {step}", flush=True)
+    return step
+
+
+def local(tensor: torch.Tensor) -> torch.Tensor:
+    """The part of it that is in this process: all of it, unless it is sharded."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def freeze_vision(model) -> None:

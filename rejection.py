@@ -27,8 +27,8 @@ def run(stage: str, settings: config.Settings, folder: Path) -> str:
     else:
         model, processor = M.load(config.checkpoint("cold_start", settings, out))
         rng = random.Random(f"{settings.run.seed}/rejection")
-        texts = M.generate_texts(model, processor, [data.build_prompt(sample, "think") for sample in samples], data.THINK, 1, own.max_new_tokens,
-                                 own.temperature, own.batch_rows, [rng.getrandbits(32) for _ in samples], "judging the pool")
+        texts = distill.generate_kept(folder / "texts.jsonl", model, processor, [data.build_prompt(sample, "think") for sample in samples], own,
+                                      [rng.getrandbits(32) for _ in samples], "judging the pool", prefix=data.THINK, temperature=own.temperature)
     correct, wrong, counts = [], [], {task: {"pairs": 0, "correct": 0, "malformed": 0} for task in data.TASKS}
     for sample, text in zip(samples, texts):
         verdict = data.parse_verdict(text, sample.task)

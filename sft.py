@@ -15,9 +15,11 @@ micro-batch size never changes the result.
     python sft.py --config small --stage cold_start
 """
 
+import itertools
 import json
 import math
 import random
+import signal
 import time
 from pathlib import Path
 
@@ -83,10 +85,12 @@ def response_mask(encoded: list, length: int) -> torch.Tensor:
 # --------------------------------------------------------------------------------------------------------------- the loop
 
 
-def join_gradients(parameters: list, totals: dict, max_grad_norm: float) -> dict:
-    """The end of an update, before the step: adds up gradients (in place) and `totals` of all processes in one message, then scales the gradient
-    down to `max_grad_norm`. Under torchrun every process runs its config.share of the batch; denominators count the whole batch, so the sum is
-    what one process alone would have. Returns the totals and "grad_norm". Of a sharded model FSDP has added up the gradients in backward."""
+def finish_update(optimizer, totals: dict, own) -> dict:
+    """The end of an update: adds up gradients and `totals`, one of them "loss", of all processes in one message, scales the gradient down to
+    own.max_grad_norm and steps. Under torchrun every process runs its config.share of the batch; denominators count the whole batch, so the sum is
+    what one process alone would have; of a sharded model FSDP has added up the gradients in backward. A loss or gradient that is not finite would
+    spoil every weight: that step is skipped, and more than own.max_skipped in a row end the run. Returns totals, "grad_norm" and "skipped" (0 or 1)."""
+    group, parameters = optimizer.param_groups[0], optimizer.param_groups[0]["params"]
     if config.world()[1] > 1:
         plain = [p for p in parameters if not isinstance(p, DTensor)]
         flat = [(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in plain]
@@ -95,8 +99,44 @@ def join_gradients(parameters: list, totals: dict, max_grad_norm: float) -> dict
         for p, gradient in zip(plain, flat.split([p.numel() for p in plain] + [len(totals)])):
             p.grad = gradient.view_as(p)
         totals = dict(zip(totals, flat[-len(totals) :].tolist()))
-    norm = torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm)
-    return totals | {"grad_norm": (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()}
+    norm = torch.nn.utils.clip_grad_norm_(parameters, own.max_grad_norm)
+    norm = (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
+    if finite := math.isfinite(totals["loss"]) and math.isfinite(norm):
+        optimizer.step()
+    group["skipped"] = 0 if finite else group.get("skipped", 0) + 1
+    if group["skipped"] > own.max_skipped:
+        raise config.UserError(f"{group['skipped']} steps in a row were not finite in loss or gradient; lower the learning rate (lr = {own.lr})")
+    return totals | {"grad_norm": norm, "skipped": int(not finite)}
+
+
+def batches(items: list, size: int, seed: str, change=lambda item, rng: item):
+    """Batches without end: all `items` in a random order, then in another, each put through `change`, which may draw from the same generator."""
+    rng, order = random.Random(seed), []
+    while True:
+        while len(order) < size:
+            order += rng.sample(items, len(items))
+        yield [change(item, rng) for item in order[:size]]
+        order = order[size:]
+
+
+def steps_to_go(drawn, steps: int, label: str, folder: Path, model, optimizer, minutes: float):
+    """Yields (step, batch of `drawn`) for the steps still to be made. The state is kept at the end; every `minutes`, or as seldom as takes 2% of the
+    time (0: after every step); and when the process is told to stop (Ctrl-C, SIGTERM): after the step it is in, or at once if told again."""
+    stops, told, saved, wait = (signal.SIGINT, signal.SIGTERM), [], time.time(), 60 * minutes
+    first = M.resume(folder, label, model, optimizer)
+    before = [signal.signal(number, lambda *said: signal.default_int_handler(*said) if told else told.append(said)) for number in stops]
+    try:
+        for step, batch in zip(config.progress(range(first, steps), label), itertools.islice(drawn, first, None)):
+            yield step, batch
+            stop, due = map(any, zip(*config.gather([(bool(told), time.time() >= saved + wait)])))  # as one for all processes
+            if stop or due or step + 1 == steps:
+                started = time.time()
+                M.keep(folder, label, step + 1, optimizer)
+                saved, wait = time.time(), minutes and max(60 * minutes, 50 * (time.time() - started))
+            if stop:
+                raise KeyboardInterrupt
+    finally:
+        list(map(signal.signal, stops, before))
 
 
 def encode_example(processor, model, example: tuple) -> dict:
@@ -119,25 +159,18 @@ def micro_batches(batch: list, limit: int, processes: int = 1) -> list:
 
 
 def train(model, processor, examples: list, settings: config.SFT, folder: Path, seed: str, label: str) -> None:
-    """Plain SFT of `model`, in place, on [(content parts, response)]; writes folder/metrics.jsonl."""
+    """Plain SFT of `model`, in place, on [(content parts, response)]; writes folder/metrics.jsonl, and goes on from a state of this label there."""
     if not examples:
         raise config.UserError(f"{label}: there is nothing to train on")
     optimizer = optimizer_for(model, settings, settings.weight_decay)
-    learning = optimizer.param_groups[0]["params"]
-    device, pad = M.device_of(model), processor.tokenizer.pad_token_id
+    device, pad, started, processes = M.device_of(model), processor.tokenizer.pad_token_id, time.time(), config.world()[1]
     steps = max(1, round(len(examples) * settings.epochs / settings.batch_size))
-    rng, order, started, processes = random.Random(seed), [], time.time(), config.world()[1]
-    if isinstance(learning[0], DTensor) and settings.batch_size % processes:
+    if isinstance(model, FSDPModule) and settings.batch_size % processes:
         raise config.UserError(f"{label}: batch_size = {settings.batch_size} is no multiple of the {processes} processes, which run.shard needs")
-    for step in config.progress(range(steps), label):
-        while len(order) < settings.batch_size:
-            order += rng.sample(range(len(examples)), len(examples))
-        taken, order = order[: settings.batch_size], order[settings.batch_size :]
-        batch = sorted((encode_example(processor, model, examples[k]) for k in taken), key=lambda e: len(e["ids"]))  # like lengths together
+    for step, taken in steps_to_go(batches(examples, settings.batch_size, seed), steps, label, folder, model, optimizer, settings.save_minutes):
+        batch = sorted((encode_example(processor, model, example) for example in taken), key=lambda e: len(e["ids"]))  # like lengths together
         tokens = sum(len(e["ids"]) - e["prompt_length"] for e in batch)  # of all processes: the denominator of the whole update
-        rate = learning_rate(step, steps, settings.lr, settings.warmup)
-        for group in optimizer.param_groups:
-            group["lr"] = rate
+        optimizer.param_groups[0]["lr"] = rate = learning_rate(step, steps, settings.lr, settings.warmup)
         optimizer.zero_grad()
         total = 0.0
         for micro in filter(None, map(config.share, micro_batches(batch, settings.micro_tokens, processes))):
@@ -146,10 +179,9 @@ def train(model, processor, examples: list, settings: config.SFT, folder: Path, 
             loss = sft_loss(logits, inputs["input_ids"], response_mask(micro, logits.shape[1]).to(device), tokens)
             loss.backward()
             total += loss.item()
-        totals = join_gradients(learning, {"loss": total}, settings.max_grad_norm)
-        optimizer.step()
+        totals = finish_update(optimizer, {"loss": total}, settings)
         config.log(folder, {"phase": label, "step": step + 1, "loss": round(totals["loss"], 5), "lr": rate, "grad_norm": round(totals["grad_norm"], 4),
-                            "tokens": tokens, "seconds": round(time.time() - started, 2)})
+                            "skipped": totals["skipped"], "tokens": tokens, "seconds": round(time.time() - started, 2)})
 
 
 @torch.no_grad()
@@ -180,14 +212,16 @@ def build_base(settings: config.Settings, folder: Path) -> str:
     import shapes
 
     base = settings.base
-    shapes.write_practice(folder, base.scenes, base.rows_per_scene, base.simple, random.Random(f"{settings.run.seed}/base"))
+    if not any(folder.glob("*.state")):  # else it was written before the first of them
+        shapes.write_practice(folder, base.scenes, base.rows_per_scene, base.simple, random.Random(f"{settings.run.seed}/base"))
     config.wait_for_all()
     practice = data.read_conversations(folder / "practice.jsonl")
     tokenizer = shapes.train_tokenizer([all_text(example) for example in practice], settings.model.vocab_size)
     model, processor = shapes.build_small(settings.model, tokenizer)
     skill, once = config.dataclasses.replace(base, epochs=1.0, lr=base.simple_lr), config.dataclasses.replace(base, epochs=1.0)
     phases = [(name, skill) for name, *_ in shapes.SKILLS] + [("practice", base)] + [(name, once) for name, *_ in shapes.COMPARISONS] + [("consolidation", base)]
-    for phase, own in phases:
+    begun = [k for k, (phase, _) in enumerate(phases) if any(folder.glob(f"base: {phase}.*.0.state"))]
+    for phase, own in phases[max(begun, default=0) :]:  # a state has all that was learnt before it
         train(model, processor, data.read_conversations(folder / f"{phase}.jsonl"), own, folder, phase, f"base: {phase}")
     M.save(model, processor, folder, torch.float16)
     config.wait_for_all()

@@ -275,6 +275,8 @@ def train_trl(world: dict, policy, rounds: int, between) -> list:
 
 def sft_of_this(world: dict, examples: list) -> float:
     """Seconds of one epoch of sft.train."""
+    for state in world["out"].glob("sft.*.state"):
+        state.unlink()  # or there would be nothing to go on with
     start = clock()
     settings = config.SFT(batch_size=32, micro_tokens=2048, epochs=1.0, lr=1e-4)
     sft.train(world["model"], world["processor"], examples, settings, world["out"], "", "sft")
@@ -369,9 +371,9 @@ def shared(size: dict, out: Path, names: list) -> dict:
     for stage in ("sft", "grpo"):
         if config.is_main():
             (out / stage).mkdir(exist_ok=True)
-            (out / stage / "metrics.jsonl").unlink(missing_ok=True)
+            for file in (out / stage).iterdir():
+                file.unlink()
         config.wait_for_all()
-        config.seed_everything(world["settings"], stage)
         if stage == "grpo":
             grpo.run("grpo", world["settings"], out / "grpo")
         else:

@@ -479,10 +479,10 @@ def test_evaluate_judges_by_a_server_in_both_orders_and_a_changed_server_makes_n
     other.evaluate = config.Evaluate(endpoint=server.url, served="base,grpo", concurrency=3)
     other.rejection = config.Rejection(endpoint=server.url)
     other.distill = config.Distill(concurrency=2, timeout=9.0, max_cost=1.0)
-    assert config.fingerprint("evaluate", settings) == config.fingerprint("evaluate", other)
+    assert config.made_of("evaluate", settings, tmp_path) == config.made_of("evaluate", other, tmp_path)
     for change in (dict(teacher="x"), dict(base_url="http://x"), dict(temperature=0.1), dict(max_side=9), dict(max_new_tokens=9)):
         other.distill = config.Distill(**change)
-        assert config.fingerprint("cold_start", settings) != config.fingerprint("cold_start", other), change
+        assert config.made_of("distill", settings, tmp_path) != config.made_of("distill", other, tmp_path), change
 
 
 def test_a_benchmark_and_a_pair_are_judged_by_a_server_of_any_model(samples, serve, tmp_path, capsys, monkeypatch):

@@ -518,7 +518,7 @@ def test_a_bad_row_of_a_json_list_is_named_by_its_place_in_it(folder):
 @pytest.mark.parametrize("length", [1, 2, 3, 7, 10, 99, 100, 101])
 def test_strategies_take_what_brute_force_takes(length):
     rows = list(range(length))
-    pick = lambda strategy, seed=0: config.pick(rows, strategy, random.Random(seed))
+    pick = lambda strategy, seed=0: data.pick(rows, strategy, random.Random(seed))
     assert pick("all") == rows
     for n in (0, 1, 2, 5, 99, 100, 1000):
         assert pick(f"first:{n}") == [row for row in rows if row < n] and pick(f"end:{n}") == [row for row in rows if row >= length - n]
@@ -530,7 +530,7 @@ def test_strategies_take_what_brute_force_takes(length):
 
 
 def test_random_draws_every_row_equally_often():
-    counts = collections.Counter(row for seed in range(4000) for row in config.pick(list(range(8)), "random:2", random.Random(seed)))
+    counts = collections.Counter(row for seed in range(4000) for row in data.pick(list(range(8)), "random:2", random.Random(seed)))
     assert sum((counts[row] - 1000) ** 2 / 1000 for row in range(8)) < 24.3  # chi squared, 7 degrees of freedom: one in a thousand
 
 

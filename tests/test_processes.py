@@ -139,4 +139,4 @@ if __name__ == "__main__":
         work(Path(sys.argv[1]), *sys.argv[2:])
     except config.UserError as error:
         config.give_up(str(error))
-    config.leave_processes()
+    config.wait_for_all()
