@@ -319,7 +319,7 @@ def generate(model, processor: Processor, prompts: list, group_size: int = 1, ma
     for batch in config.progress(batches, label) if label else batches:
         inputs = collate([prompts[p] for p in batch], "left", processor.tokenizer.pad_token_id, device)
         output = model(**inputs, use_cache=True, logits_to_keep=1)
-        own = (output.past_key_values, inputs["attention_mask"], group_size, max_new_tokens)
+        own = (output.past_key_values, inputs["attention_mask"], group_size)
         fast = decode.Decoder(model, *own) if decode.fits(model) else None
         cache = Cache(layers=[] if fast else [PromptCache(layer.keys, layer.values, group_size, max_new_tokens) for layer in output.past_key_values.layers])
         rows = torch.tensor([p * group_size + g for p in batch for g in range(group_size)], device=device)
