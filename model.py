@@ -33,6 +33,7 @@ from transformers.utils import cached_file
 
 import config
 import data
+import decode
 
 transformers.utils.logging.disable_progress_bar()  # loading the small model takes less time than drawing the bar
 
@@ -350,7 +351,9 @@ def generate(model, processor: Processor, prompts: list, group_size: int = 1, ma
     for batch in config.progress(batches, label) if label else batches:
         inputs = collate([prompts[p] for p in batch], "left", processor.tokenizer.pad_token_id, device)
         output = model(**inputs, use_cache=True, logits_to_keep=1)
-        cache = Cache(layers=[PromptCache(layer.keys, layer.values, group_size, max_new_tokens) for layer in output.past_key_values.layers])
+        own = (output.past_key_values, inputs["attention_mask"], group_size)
+        fast = decode.Decoder(model, *own) if decode.fits(model) else None
+        cache = Cache(layers=[] if fast else [PromptCache(layer.keys, layer.values, group_size, max_new_tokens) for layer in output.past_key_values.layers])
         rows = torch.tensor([p * group_size + g for p in batch for g in range(group_size)], device=device)
         logits = output.logits[:, -1].repeat_interleave(group_size, 0)  # [B, V]
         mask = F.pad(inputs["attention_mask"].repeat_interleave(group_size, 0), (0, max_new_tokens), value=1)
@@ -376,8 +379,11 @@ def generate(model, processor: Processor, prompts: list, group_size: int = 1, ma
             if left <= 0.75 * len(alive):  # drop the rows that have ended
                 keep = alive.nonzero()[:, 0]
                 rows, mask, position, token, alive, uniform = rows[keep], mask[keep], position[keep], token[keep], alive[keep], uniform[keep]
-                for layer in cache.layers:
-                    layer.batch_select_indices(keep)
+                for part in [fast] if fast else cache.layers:
+                    part.batch_select_indices(keep)
+            if fast:
+                logits = fast.step(token, position + step)
+                continue
             output = model(input_ids=token[:, None], attention_mask=mask[:, : cache.get_seq_length() + 1], past_key_values=cache,
                            position_ids=(position + step)[None, :, None].expand(3, -1, 1), use_cache=True)
             logits = output.logits[:, -1]
