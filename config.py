@@ -412,12 +412,12 @@ def run_stages(default_stage: str, arguments: list) -> None:
     options, overrides = {}, []
     words = iter([word for argument in arguments for word in argument.split("=", 1 if argument.startswith("--") else 0)])
     for name in words:
-        if name in ("-h", "--help", "--force"):
+        if name in ("-h", "--help", "--force", "--explain"):
             options[name] = True
         elif not name.startswith("--"):
             raise UserError(f"unexpected argument {name!r}; settings are given as --section.key value")
         elif "." not in name and name not in ("--config", "--stage", "--out"):
-            raise UserError(f"unknown option {name}; options are --config, --stage, --out, --force, --help, --debug and --section.key")
+            raise UserError(f"unknown option {name}; options are --config, --stage, --out, --force, --explain, --help, --debug and --section.key")
         elif (value := next(words, None)) is None:
             raise UserError(f"{name} needs a value")
         else:
@@ -438,17 +438,21 @@ def run_stages(default_stage: str, arguments: list) -> None:
     out = Path(options.get("--out", ROOT / "runs" / Path(options["--config"]).stem)).resolve()
     command = " ".join([f"--config {options['--config']}"] + [f"--{n} {v}" for n, v in overrides] + ([f"--out {options['--out']}"] if "--out" in options else []))
     whole = stage in ("grpo", "evaluate")  # the last stages of the paper: end with the table
+    if (explaining := "--explain" in options) and STAGES[stage][0] not in ("sft", "rejection", "grpo"):
+        raise UserError(f"--explain is for sft.py, rejection.py and grpo.py, not for {stage}")
     out.mkdir(parents=True, exist_ok=True)
     with open(out / f"lock{os.environ.get('RANK', '0')}", "w") as lock:  # the system lets go of it when the process ends, however that ends
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UserError(f"another process is at work in {out}: wait for it, or give another --out")
-        for step in plan(["data", stage, "evaluate"] if whole else [stage]):
+        for step in plan(STAGES[stage][1] if explaining else ["data", stage, "evaluate"] if whole else [stage]):
             if not is_done(step, settings, out) or ("--force" in options and step == stage):
                 do_stage(step, settings, out, command, "--force" in options and step == stage)
-            if whole:  # a chain that takes minutes shows early what each stage did
+            if whole and not explaining:  # a chain that takes minutes shows early what each stage did
                 importlib.import_module("evaluate").after(step, settings, out)
+        if explaining:
+            return importlib.import_module("explain").explain(stage, settings, out)
     print(f"\n{(out / 'evaluate' / 'table.txt').read_text()}\nreport: {out / 'evaluate' / 'report.html'}" if whole else f"{stage} is ready in {out / stage}")
 
 

@@ -194,10 +194,12 @@ def run(stage: str, settings: config.Settings, folder: Path) -> str:
                             "answers": batch[shown].answers, "completions": texts[group], "rewards": total[shown].tolist(), "advantages": advantages[shown].tolist()}, "samples.jsonl")
     M.save(model, processor, folder)
     config.wait_for_all()  # all rows are there
-    rewards, fifth = [row["reward_accuracy"] for row in data.read_jsonl(folder / "metrics.jsonl")], max(1, own.steps // 5)
-    first, last = (sum(some) / fifth for some in (rewards[:fifth], rewards[-fifth:]))
+    rewards = [row["reward_accuracy"] for row in data.read_jsonl(folder / "metrics.jsonl")]
+    span = max(1, min(own.steps // 2, round(len(samples) / own.prompts_per_step)))  # a pass over the samples: the same prompts before and after
+    first, last = (sum(some) / span for some in (rewards[:span], rewards[-span:]))
     return (f"{own.steps} steps of {own.prompts_per_step} x {own.group_size} completions on {len(samples)} samples; "
-            f"accuracy reward {first:.2f} in the first fifth, {last:.2f} in the last")
+            f"accuracy reward {first:.2f} in the first {span} steps, {last:.2f} in the last {span}")
+
 
 
 if __name__ == "__main__":

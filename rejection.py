@@ -18,6 +18,11 @@ import distill
 import model as M
 
 
+def accepted(verdict: data.Verdict, sample: data.Sample) -> bool:
+    """Correct and well-formed: a text to learn from."""
+    return verdict.format_ok and verdict.answer == sample.label
+
+
 def run(stage: str, settings: config.Settings, folder: Path) -> str:
     own, out = settings.rejection, folder.parent
     samples = data.read_samples(out / "data" / "pool.jsonl")
@@ -32,7 +37,7 @@ def run(stage: str, settings: config.Settings, folder: Path) -> str:
     correct, wrong, counts = [], [], {task: {"pairs": 0, "correct": 0, "malformed": 0} for task in data.TASKS}
     for sample, text in zip(samples, texts):
         verdict = data.parse_verdict(text, sample.task)
-        good = verdict.format_ok and verdict.answer == sample.label
+        good = accepted(verdict, sample)
         counts[sample.task]["pairs"] += 1
         counts[sample.task]["correct"] += good
         counts[sample.task]["malformed"] += not (verdict.format_ok and verdict.answer is not None)

@@ -241,24 +241,29 @@ def practice_examples(settings: config.Settings, folder: Path, count: int, witho
     return [example for row, example in zip(data.read_jsonl(file), data.read_conversations(file)) if row["kind"] != without][:count]
 
 
+def start_and_examples(stage: str, settings: config.Settings, out: Path) -> tuple:
+    """(path of the weights that a stage goes on training, its [(content parts, response)])."""
+    start = {"cold_start": "base", "rejection_sft": "cold_start", "direct_sft": "base"}[stage]
+    file = out / ("distill/kept.jsonl" if stage == "cold_start" else "rejection/correct.jsonl")
+    examples = data.read_conversations(file)
+    if stage == "direct_sft":
+        examples = [(data.build_prompt(s, "answer"), f"<answer>{data.verdict_string(s.task, s.label)}</answer>") for s in data.read_samples(file)]
+    return config.checkpoint(start, settings, out), examples
+
+
 def run(stage: str, settings: config.Settings, folder: Path) -> str:
-    out, own = folder.parent, getattr(settings, stage)
+    own = getattr(settings, stage)
     if stage == "base":
         if settings.model.path and not settings.base.rebuild:
             return f"starts from {settings.model.path}"
         return build_base(settings, folder)
-    start = {"cold_start": "base", "rejection_sft": "cold_start", "direct_sft": "base"}[stage]
-    source = {"cold_start": "distill/kept.jsonl", "rejection_sft": "rejection/correct.jsonl", "direct_sft": "rejection/correct.jsonl"}[stage]
-    examples = data.read_conversations(out / source)
-    if stage == "direct_sft":
-        examples = [(data.build_prompt(s, "answer"), f"<answer>{data.verdict_string(s.task, s.label)}</answer>") for s in data.read_samples(out / source)]
-    own_count = len(examples)
-    if own.replay:  # comparisons close the think block without a verdict: replayed, they keep the format from the tasks the stage lacks
-        examples = examples + practice_examples(settings, folder, round(own.replay * own_count), without="compare")
-    model, processor = M.load(config.checkpoint(start, settings, out), shard=settings.run.shard)
-    train(model, processor, examples, own, folder, f"{settings.run.seed}/{stage}", stage)
+    start, examples = start_and_examples(stage, settings, folder.parent)
+    count = round(own.replay * len(examples))  # comparisons close the think block without a verdict: replayed, they keep the format from other tasks
+    replayed = practice_examples(settings, folder, count, without="compare") if count else []
+    model, processor = M.load(start, shard=settings.run.shard)
+    train(model, processor, examples + replayed, own, folder, f"{settings.run.seed}/{stage}", stage)
     M.save(model, processor, folder)
-    return f"{own_count} examples" + (f" + {len(examples) - own_count} of the base's exercises" if own.replay else "") + f", {own.epochs:g} epochs"
+    return f"{len(examples)} examples" + (f" + {len(replayed)} of the base's exercises" if replayed else "") + f", {own.epochs:g} epochs"
 
 
 if __name__ == "__main__":
