@@ -365,12 +365,13 @@ def judge_pairs(model, processor, samples: list, mode: str = "think", votes: int
     One dict per sample: "answer" 1, 2, 0 (undecided) or None (nothing readable), "votes" {answer: count}, "margin" (votes for 1 - for 2) / all,
     "total_margin" mean difference of stated totals or None, "judgements" rows of `judge` in the sample's own numbering (not so their texts)."""
     rows = judge(model, processor, samples, mode, own or config.Evaluate(), False, "", orders, style, template, votes)
-    each, results, flip, turn = len(orders) * (votes or 1), [], {1: 2, 2: 1}, lambda pair: {3 - k: value for k, value in pair.items()}
+    results, flip, turn = [], {1: 2, 2: 1}, lambda pair: {3 - k: value for k, value in pair.items()}
     for row in [row for row in rows if row["swapped"]]:
         row |= {key: flip.get(row[key], row[key]) for key in ("answer", "label")} | {"margin": None if row["margin"] is None else -row["margin"]}
         row |= {"totals": turn(row["totals"]), "scores": {name: turn(pair) for name, pair in row["scores"].items()}}
-    for k, sample in enumerate(samples):
-        mine = rows[k * each : (k + 1) * each]
+    for sample in samples:
+        each = (votes or 1) * sum(sample.turns or not swapped for swapped in orders)
+        mine, rows = rows[:each], rows[each:]
         count = {answer: sum(row["answer"] == answer for row in mine) for answer in (1, 2, 0, None)}
         margins, lead = [row["margin"] for row in mine if row["margin"] is not None], count[1] - count[2]
         answer = 1 if lead > 0 else 2 if lead < 0 else None if count[None] == each else 0

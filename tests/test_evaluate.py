@@ -405,6 +405,17 @@ def test_judge_pairs_is_batched_and_turns_scores_of_the_swapped_order_back(base,
     assert turned
 
 
+def test_judge_pairs_shows_a_pair_that_cannot_be_turned_in_one_order(base, samples):
+    """The answers of such a row stand inside its prompt; what follows it in the batch keeps its own judgements."""
+    fixed = data.Sample("fixed", "image_understanding", media=samples[6].media, label=1, problem="Answer 1: a cat. Answer 2: a dog. Which is better?")
+    own = config.Evaluate(max_new_tokens=12)
+    made = evaluate.judge_pairs(*base, [fixed, samples[0]], own=own)
+    alone = evaluate.judge_pairs(*base, [samples[0]], own=own)[0]
+    assert [row["swapped"] for row in made[0]["judgements"]] == [False] and sum(made[0]["votes"].values()) == 1
+    assert [(row["id"], row["text"]) for row in made[1]["judgements"]] == [(row["id"], row["text"]) for row in alone["judgements"]]
+    assert made[1]["votes"] == alone["votes"] and [row["id"] for row in alone["judgements"]] == [samples[0].id] * 2
+
+
 def test_ranking_goes_by_points_then_by_total_margin():
     pairs = [(0, 1), (0, 2), (1, 2)]
     results = [{"answer": 2, "total_margin": -3.0}, {"answer": 1, "total_margin": 1.0}, {"answer": 2, "total_margin": None}]  # b > a > c > b
