@@ -95,11 +95,11 @@ class Learning:  # what SFT and GRPO have in common
     lr: float = setting(2.5e-6, "peak learning rate")
     warmup: float = setting(0.03, "share of the steps in which the learning rate rises; then a cosine brings it to zero", allowed=(0, 1))
     max_grad_norm: float = setting(1.0, "gradients are scaled down to this norm")
-    max_skipped: int = setting(10, "steps in a row that may be skipped because loss or gradient is not finite; one more ends the run", False, (0, 1e12))
+    max_skipped: int = setting(10, "steps in a row that may be skipped, as loss or gradient is not finite; one more ends the run", False, (0, 1e12))
     freeze_vision: bool = setting(True, "train the language model only")
-    gradient_checkpointing: bool = setting(False, "run layers again in backward instead of keeping activations (GRPO: prompts once per completion)", False)
+    gradient_checkpointing: bool = setting(False, "run layers again in backward, not to keep activations (GRPO: prompts once per completion)", False)
     offload: bool = setting(False, "on a GPU: keep fp32 weights, gradients and Adam's moments in host memory", False)
-    save_minutes: float = setting(2.0, "minutes between states that a stopped stage goes on from; longer where saving would take over 2% of the time", False)
+    save_minutes: float = setting(2.0, "minutes between states to go on from after a stop; longer where saving would be 2% of the time", False)
 
 
 @dataclass
@@ -309,11 +309,10 @@ def begin(stage: str, settings: Settings, folder: Path, again: str, anew: bool) 
 
 def do_stage(stage: str, settings: Settings, out: Path, command: str, anew: bool = False) -> None:
     """Runs one stage, from its start or from where it was stopped; done.json, written last, makes it count."""
-    script, _, sections = STAGES[stage]
+    (script, _, sections), torch = STAGES[stage], importlib.import_module("torch")
     started, folder, again, facts = time.time(), out / stage, f"python {script}.py {command} --stage {stage}", made_of(stage, settings, out)
     print(f"\n== {stage}: {again}", flush=True)
     folder.mkdir(parents=True, exist_ok=True)
-    import torch
     if settings.run.threads:
         torch.set_num_threads(settings.run.threads)
     if is_main() and stage != "evaluate":  # evaluate keeps its judgements and knows which of them are still valid
@@ -400,7 +399,7 @@ def main(default_stage: str, commands=None) -> None:
         if isinstance(error, (RuntimeError, MemoryError)):  # torch has no other word for these two
             if not (kind := re.search(r"(?i)(MemoryError|allocate|out of memory)|gloo|nccl|connection (closed|reset)", type(error).__name__ + said)):
                 raise
-            said = "out of memory: lower micro_tokens (SFT), micro_prompts (GRPO) or batch_rows" if kind[1] else "another process of this run has ended"
+            said = "out of memory: lower micro_tokens (SFT), micro_prompts (GRPO) or batch_rows" if kind[1] else "another process has ended"
         if "--debug" in sys.argv:
             traceback.print_exc()
         give_up(one_line(said) + ("" if isinstance(error, UserError) else f"{after} (--debug says where this was)"))
@@ -453,7 +452,10 @@ def run_stages(default_stage: str, arguments: list) -> None:
                 importlib.import_module("evaluate").after(step, settings, out)
         if explaining:
             return importlib.import_module("explain").explain(stage, settings, out)
-    print(f"\n{(out / 'evaluate' / 'table.txt').read_text()}\nreport: {out / 'evaluate' / 'report.html'}" if whole else f"{stage} is ready in {out / stage}")
+    ready = f"
+{(out / 'evaluate' / 'table.txt').read_text()}
+report: {out / 'evaluate' / 'report.html'}" if whole else ""
+    print(ready or f"{stage} is ready in {out / stage}")
 
 
 # ------------------------------------------------------------------------------------------------------------- small tools

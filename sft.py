@@ -89,7 +89,7 @@ def finish_update(optimizer, totals: dict, own) -> dict:
     """The end of an update: adds up gradients and `totals`, one of them "loss", of all processes in one message, scales the gradient down to
     own.max_grad_norm and steps. Under torchrun every process runs its config.share of the batch; denominators count the whole batch, so the sum is
     what one process alone would have; of a sharded model FSDP has added up the gradients in backward. A loss or gradient that is not finite would
-    spoil every weight: that step is skipped, and more than own.max_skipped in a row end the run. Returns totals, "grad_norm" and "skipped" (0 or 1)."""
+    spoil every weight: that step is skipped; more than own.max_skipped in a row end the run. Returns totals, "grad_norm", "skipped" (0, 1)."""
     group, parameters = optimizer.param_groups[0], optimizer.param_groups[0]["params"]
     if config.world()[1] > 1:
         plain = [p for p in parameters if not isinstance(p, DTensor)]

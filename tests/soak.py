@@ -96,11 +96,11 @@ def soak(kills: int, seed: int, stages: list, place: Path) -> list:
             code, printed = run(line, out, lambda: time.time() > deadline, how, limits)
             count["went on inside"] += "goes on after step" in printed
             ended, lines = code == 0, [text for text in printed.splitlines() if text.startswith("error:")]
-            if not ended:
+            if not ended:  # a signal before main begins or after its end is Python's own to answer
                 count["stops"] += 1
                 count[way] += 1
                 if way == "left alone" or code not in {"kill -9": [-9], "told to stop": [130, -2, -15], "disk full": [2]}[way] and (
-                        not printed.strip().endswith("KeyboardInterrupt")) or way == "disk full" and len(lines) != 1:  # that: before main began
+                        not printed.strip().endswith("KeyboardInterrupt") and " ready in " not in printed) or way == "disk full" and len(lines) != 1:
                     row["wrong"].append(f"{stage}, {way}: exit code {code}: {printed[-300:]}")
                     if way == "left alone":
                         break

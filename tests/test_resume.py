@@ -287,7 +287,7 @@ def test_a_worker_that_dies_ends_all_with_one_line_and_the_same_command_goes_on(
         os.kill(int(Path(f"/proc/{first.pid}/task/{first.pid}/children").read_text().split()[1]), signal.SIGKILL)
         stderr = first.communicate(timeout=120)[1]
     assert first.returncode != 0 and [text for text in stderr.splitlines() if text.startswith("error: ")] in (
-        [], ["error: another process of this run has ended; what was made is kept, and the same command goes on (--debug says where this was)"]), stderr
+        [], ["error: another process has ended; what was made is kept, and the same command goes on (--debug says where this was)"]), stderr
     again = subprocess.run(command, timeout=300, **how)
     assert again.returncode == 0 and "grpo_direct: goes on after step" in again.stdout, again.stderr
     assert run(line.replace(str(out), "{0}"), one)[0] == 0
