@@ -1,0 +1,118 @@
+"""The decoder of Qwen2.5-VL's text layers against the model's own forward: the same tokens, the same log-probabilities."""
+
+import copy
+
+import pytest
+import torch
+import transformers
+
+import config
+import data
+import decode
+import model as M
+
+
+@pytest.fixture(scope="module")
+def base(samples) -> tuple:
+    """(the shipped base, its processor, 8 prompts: two of every task, both modes)"""
+    model, processor = M.load(str(config.ROOT / "configs" / "small-base"))
+    chosen = zip(samples[::3] + samples[1::3], ["think", "answer"] * 4)
+    return model, processor, [M.encode(processor, model, data.build_prompt(s, mode), data.THINK if mode == "think" else "") for s, mode in chosen]
+
+
+@pytest.fixture(scope="module")
+def grouped(tiny, prompts) -> tuple:
+    """Six heads that share two of keys and values, and a head of its own; random norms and biases, which new models have at 1 and 0."""
+    text = tiny[0].config.text_config.to_dict() | dict(hidden_size=48, num_attention_heads=6, num_key_value_heads=2, layer_types=None, num_hidden_layers=3,
+                                                       tie_word_embeddings=False, rope_parameters={"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]})
+    shape = tiny[0].config.to_dict() | {"text_config": text, "tie_word_embeddings": False}
+    shape["vision_config"]["out_hidden_size"] = 48
+    torch.manual_seed(0)
+    model = transformers.Qwen2_5_VLForConditionalGeneration(transformers.Qwen2_5_VLConfig(**shape)).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.normal_(float(parameter.ndim == 1 and "norm" in name), parameter[0].numel() ** -0.5 if parameter.ndim > 1 else 0.3)
+        output = model(**M.collate(prompts, "left", 0, "cpu"), output_hidden_states=True)
+        model.lm_head.weight[tiny[1].tokenizer.eos_token_id] += 0.06 * output.hidden_states[-1][:, -1].mean(0)  # so that some texts end soon
+    assert model.lm_head.weight is not model.get_input_embeddings().weight
+    return model, tiny[1], prompts
+
+
+def both_ways(monkeypatch, *given, **how) -> tuple:
+    """(what the decoder makes, what the model's own forward makes, the rows at every step of the decoder)"""
+    rows, step = [], decode.Decoder.step
+    monkeypatch.setattr(decode.Decoder, "step", lambda self, token, position: rows.append(len(token)) or step(self, token, position))
+    fast, before = M.generate(*given, **how), len(rows)
+    monkeypatch.setattr(decode, "ENABLED", False)
+    plain = M.generate(*given, **how)
+    assert len(rows) == before > 0, "each in its own way"
+    return fast, plain, rows
+
+
+@pytest.mark.parametrize("group_size, temperature", [(1, 0.0), (1, 1.0), (4, 0.7), (8, 1.0)])
+@pytest.mark.parametrize("which", ["base", "grouped"])
+def test_tokens_and_log_probabilities_are_those_of_the_models_own_forward(request, monkeypatch, which, group_size, temperature):
+    model, processor, prompts = request.getfixturevalue(which)
+    fast, plain, rows = both_ways(monkeypatch, model, processor, prompts, group_size, 50, temperature, seeds=range(8))
+    assert len(set(rows)) > 1 or not temperature, "rows drop out on the way"
+    assert len({len(p["ids"]) for p in prompts}) > 4 and len(rows) > 2 * decode.BLOCK
+    assert fast.ids.tolist() == plain.ids.tolist() and fast.lengths.tolist() == plain.lengths.tolist()
+    with torch.no_grad():
+        exact = M.completion_logprobs(copy.deepcopy(model).double(), processor, prompts, fast.ids, fast.lengths, temperature or 1.0, share_prompt=False)
+    assert (fast.logprobs - exact).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("which", ["base", "grouped"])
+def test_greedy_tokens_are_those_of_transformers(request, which):
+    model, processor, prompts = request.getfixturevalue(which)
+    inputs = M.collate(prompts, "left", processor.tokenizer.pad_token_id, "cpu")
+    del inputs["position_ids"]
+    theirs = model.generate(**inputs, do_sample=False, max_new_tokens=40, suppress_tokens=M.banned_ids(model, processor.tokenizer).tolist(),
+                            eos_token_id=processor.tokenizer.eos_token_id, pad_token_id=processor.tokenizer.pad_token_id)[:, inputs["input_ids"].shape[1] :]
+    assert decode.fits(model) and M.generate(model, processor, prompts, 1, 40, temperature=0).ids.tolist() == theirs.tolist()
+
+
+def test_every_row_attends_to_its_own_prompt_and_tokens_whichever_rows_are_dropped(grouped):
+    """Attention by its definition, row by row, after a dropping that leaves 3, 0, 1 and 2 rows of 4 prompts, the second padded by two tokens."""
+    model, chance = grouped[0], torch.Generator().manual_seed(0)
+    random = lambda *shape: torch.randn(*shape, generator=chance)
+    cache = transformers.DynamicCache()
+    for layer in range(3):
+        cache.update(random(4, 2, 5, 8), random(4, 2, 5, 8), layer)
+    mask = torch.ones(4, 5).long()
+    mask[2, :2] = 0
+    decoder = decode.Decoder(model, cache, mask, 3)
+    decoder.own = [[random(12, 2, 7, 8) for _ in "kv"] for _ in range(3)]
+    keep, prompt = torch.tensor([0, 1, 2, 7, 9, 11]), [0, 0, 0, 2, 3, 3]
+    keys, values = (x[keep] for x in decoder.own[1])
+    decoder.batch_select_indices(keep)
+    q, unused = random(6, 6, 8), torch.tensor([0.0] * 4 + [float("-inf")] * 3)
+    made = decoder.attend(q, *decoder.prompts[1], *decoder.own[1], unused).view(6, 6, 8)
+    for row, p in enumerate(prompt):
+        for head in range(6):
+            first = slice(int((mask[p] == 0).sum()), None)
+            k = torch.cat([cache.layers[1].keys[p, head // 3, first], keys[row, head // 3, :4]])
+            v = torch.cat([cache.layers[1].values[p, head // 3, first], values[row, head // 3, :4]])
+            assert torch.allclose(made[row, head], (k @ q[row, head] / 8**0.5).softmax(0) @ v, atol=1e-5)
+
+
+def test_other_layers_and_the_flag_lead_to_the_general_path(tiny, monkeypatch):
+    model = copy.deepcopy(tiny[0])
+    assert decode.fits(model)
+    model.config.text_config.layer_types = ["full_attention", "sliding_attention"]
+    assert not decode.fits(model) and decode.fits(tiny[0])
+    monkeypatch.setattr(decode, "ENABLED", False)
+    assert not decode.fits(tiny[0])
+
+
+def test_weights_that_moved_are_sampled_from(tiny, prompts):
+    """Nothing of the model is kept from one call to the next."""
+    model = copy.deepcopy(tiny[0])
+    before = M.generate(model, tiny[1], prompts, 1, 20, temperature=0)
+    with torch.no_grad():
+        for parameter in model.model.language_model.parameters():
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)))
+    after = M.generate(model, tiny[1], prompts, 1, 20, temperature=0)
+    with torch.no_grad():
+        scored = M.completion_logprobs(model, tiny[1], prompts, after.ids, after.lengths)
+    assert after.ids.tolist() != before.ids.tolist() and (after.logprobs - scored).abs().max() < 1e-5
