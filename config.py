@@ -452,9 +452,7 @@ def run_stages(default_stage: str, arguments: list) -> None:
                 importlib.import_module("evaluate").after(step, settings, out)
         if explaining:
             return importlib.import_module("explain").explain(stage, settings, out)
-    ready = f"
-{(out / 'evaluate' / 'table.txt').read_text()}
-report: {out / 'evaluate' / 'report.html'}" if whole else ""
+    ready = f"\n{(out / 'evaluate' / 'table.txt').read_text()}\nreport: {out / 'evaluate' / 'report.html'}" if whole else ""
     print(ready or f"{stage} is ready in {out / stage}")
 
 
