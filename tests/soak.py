@@ -96,11 +96,11 @@ def soak(kills: int, seed: int, stages: list, place: Path) -> list:
             code, printed = run(line, out, lambda: time.time() > deadline, how, limits)
             count["went on inside"] += "goes on after step" in printed
             ended, lines = code == 0, [text for text in printed.splitlines() if text.startswith("error:")]
-            if not ended:  # a signal before main begins or after its end is Python's own to answer
+            if not ended:
                 count["stops"] += 1
                 count[way] += 1
-                if way == "left alone" or code not in {"kill -9": [-9], "told to stop": [130, -2, -15], "disk full": [2]}[way] and (
-                        not printed.strip().endswith("KeyboardInterrupt") and " ready in " not in printed) or way == "disk full" and len(lines) != 1:
+                answers = {"kill -9": [-9], "told to stop": [130, -2, -15, 1], "disk full": [2]}.get(way, [])  # 1: Python's own, outside of main
+                if code not in answers or way == "disk full" and len(lines) != 1 or "Traceback" in printed and not printed.strip().endswith("KeyboardInterrupt"):
                     row["wrong"].append(f"{stage}, {way}: exit code {code}: {printed[-300:]}")
                     if way == "left alone":
                         break

@@ -54,6 +54,7 @@ def entry(line: str, printed: str, limits: dict) -> None:
 def run(line: str, out: Path, until=None, how: int = signal.SIGKILL, limits: dict = {}) -> tuple:
     """(exit code, what was printed) of a command line, {0} in it being `out`; as soon as `until()` holds the process gets the signal `how`."""
     printed = out.parent / f"{out.name}.printed"
+    printed.write_text("")
     process = FORKS.Process(target=entry, args=(line.replace("{0}", str(out)), str(printed), limits))
     process.start()
     while process.is_alive() and not (until and until()):
