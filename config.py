@@ -498,7 +498,14 @@ def log(folder: Path, row: dict, file: str = "metrics.jsonl") -> None:
 
 
 def progress(items, label: str):
-    """A tqdm bar over the sequence `items` on a terminal; in a log file, where a bar is unreadable, a line every twenty seconds."""
-    shape = {"mininterval": 0.5} if sys.stderr.isatty() else {
-        "mininterval": 20, "delay": 20, "bar_format": "{desc}: {n} of {total}, {elapsed} so far, about {remaining} to go\n"}
-    return importlib.import_module("tqdm").tqdm(items, f"   {label}", leave=False, disable=not is_main(), **shape)
+    """Yields from the sequence `items`: a tqdm bar on a terminal; in a log file, where a bar is unreadable, a line every twenty seconds."""
+    if sys.stderr.isatty() and is_main():
+        yield from importlib.import_module("tqdm").tqdm(items, f"   {label}", leave=False, mininterval=0.5)
+        return
+    started = shown = time.time()
+    for done, item in enumerate(items):
+        if time.time() - shown > 20:
+            shown = time.time()
+            left = (shown - started) / done * (len(items) - done)
+            print(f"   {label}: {done} of {len(items)}, {shown - started:.0f} s so far, about {left:.0f} s to go", flush=True)
+        yield item
