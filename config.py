@@ -497,6 +497,11 @@ def log(folder: Path, row: dict, file: str = "metrics.jsonl") -> None:
         stream.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 
+def say(line: str) -> None:
+    """Prints a line, above the bar that may be being drawn."""
+    importlib.import_module("tqdm").tqdm.write(line) if is_main() else None
+
+
 def progress(items, label: str):
     """Yields from the sequence `items`: a tqdm bar on a terminal; in a log file, where a bar is unreadable, a line every twenty seconds."""
     if sys.stderr.isatty() and is_main():

@@ -33,7 +33,7 @@ def prompt_line(processor, ids) -> str:
 def explain_sft(stage: str, settings: config.Settings, out: Path) -> None:
     """A batch's denominator, and one example token by token with its loss under the model that the stage starts from."""
     if stage == "base":
-        raise config.UserError("--explain shows the later stages; the base's exercises are rows of base/*.jsonl once it was built with --base.rebuild true")
+        raise config.UserError("--explain shows the later stages; the base's exercises are in base/*.jsonl after --base.rebuild true")
     own, (start, examples) = getattr(settings, stage), sft.start_and_examples(stage, settings, out)
     model, processor = M.load(start)
     batch = next(sft.batches(examples, own.batch_size, f"{settings.run.seed}/{stage}"))
@@ -59,7 +59,8 @@ def explain_rejection(stage: str, settings: config.Settings, out: Path) -> None:
     samples, own = data.read_samples(out / "data" / "pool.jsonl"), settings.rejection
     samples = [next(s for s in samples if s.task == task) for task in data.TASKS if any(s.task == task for s in samples)]
     model, processor = M.load(config.checkpoint("cold_start", settings, out))
-    texts = M.generate_texts(model, processor, [data.build_prompt(s, "think") for s in samples], data.THINK, 1, own.max_new_tokens, own.temperature, own.batch_rows)
+    prompts = [data.build_prompt(sample, "think") for sample in samples]
+    texts = M.generate_texts(model, processor, prompts, data.THINK, 1, own.max_new_tokens, own.temperature, own.batch_rows)
     for sample, text in zip(samples, texts):
         verdict = data.parse_verdict(text, sample.task)
         goes = "correct.jsonl -> SFT" if rejection.accepted(verdict, sample) else "wrong.jsonl -> GRPO"
@@ -85,7 +86,7 @@ def explain_grpo(stage: str, settings: config.Settings, out: Path) -> None:
     for k, text in enumerate(texts):
         says = data.parse_verdict(text, sample.task).answer
         print(f"{k + 1:>10}{''.join(f'{reward[0, k]:>13.0f}' for reward in rewards.values())}{total[0, k]:>8.2f}{advantages[0, k]:>+8.2f}   {says}")
-    print(f"\nmean R {total.mean():.3f}, std {total.std():.3f}: A = (R - mean) / (std + 1e-4)" if own.scale_by_std else f"\nmean R {total.mean():.3f}: A = R - mean")
+    print(f"\nmean R {total.mean():.3f}, std {total.std():.3f}: A = {'(R - mean) / (std + 1e-4)' if own.scale_by_std else 'R - mean'}")
     best = int(advantages.argmax())
     with torch.no_grad():
         score = lambda policy: M.completion_logprobs(policy, processor, prompts, made.ids, made.lengths, own.temperature)
@@ -95,8 +96,9 @@ def explain_grpo(stage: str, settings: config.Settings, out: Path) -> None:
     with torch.no_grad():
         new = score(model)
     ratio, kl = (new - old).exp(), grpo.kl_estimate(new, ref, own.kl)
-    print(f"\none update with this group alone, lr {own.lr:g}: loss {metrics['loss']:+.2e} (its value says nothing), gradient norm {metrics['grad_norm']:.3f}")
-    print(f"completion {best + 1}, A = {advantages[0, best]:+.2f}; ratio = new / old probability, clipped outside [{1 - own.clip_low:g}, {1 + own.clip_high:g}]\n")
+    print(f"\none update with this group alone, lr {own.lr:g}: loss {metrics['loss']:+.2e}, whose value says nothing, "
+          f"gradient norm {metrics['grad_norm']:.3f}\ncompletion {best + 1}, A = {advantages[0, best]:+.2f}; "
+          f"ratio = new / old probability, clipped outside [{1 - own.clip_low:g}, {1 + own.clip_high:g}]\n")
     print(f"{'token':<18}{'old p':>8}{'new p':>8}{'ratio':>8}{own.kl + ' to reference':>18}")
     for k, piece in enumerate(pieces(processor, made.ids[best, : made.lengths[best]].tolist())):
         print(f"{piece:<18}{old[best, k].exp():>8.4f}{new[best, k].exp():>8.4f}{ratio[best, k]:>8.4f}{kl[best, k]:>18.2e}")

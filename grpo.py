@@ -57,8 +57,9 @@ def kl_estimate(logprobs: torch.Tensor, ref_logprobs: torch.Tensor, kind: str = 
     raise ValueError(f"kl is k1, k2 or k3, not {kind!r}")
 
 
-def grpo_loss(logprobs, old_logprobs, ref_logprobs, advantages, completion_mask, clip_low: float = 0.2, clip_high: float = 0.2, beta: float = 0.04,
-              kl: str = "k3", normalise: str = "rollout", rollouts: int | None = None, tokens: int | None = None, max_length: int | None = None) -> tuple:
+def grpo_loss(logprobs, old_logprobs, ref_logprobs, advantages, completion_mask, clip_low: float = 0.2, clip_high: float = 0.2,
+              beta: float = 0.04, kl: str = "k3", normalise: str = "rollout", rollouts: int | None = None, tokens: int | None = None,
+              max_length: int | None = None) -> tuple:
     """The clipped objective with its KL penalty, as a loss. logprobs, old_logprobs, ref_logprobs, completion_mask [B, T];
     advantages [B]; ref_logprobs may be None where beta is 0. Returns (loss, metrics).
 
@@ -99,7 +100,8 @@ def rewards_of(text: str, sample: data.Sample, mode: str) -> dict:
     consistency asks for sums that add up and a verdict that follows from them."""
     verdict = data.parse_verdict(text, sample.task)
     format_ok = verdict.format_ok if mode == "think" else bool(re.fullmatch(r"<answer>[^<]*</answer>", text))
-    return {"format": float(format_ok), "accuracy": float(verdict.answer is not None and verdict.answer == sample.label), "consistency": float(verdict.consistent)}
+    accurate = verdict.answer is not None and verdict.answer == sample.label
+    return {"format": float(format_ok), "accuracy": float(accurate), "consistency": float(verdict.consistent)}
 
 
 # -------------------------------------------------------------------------------------------------------- rollout and update
@@ -131,8 +133,9 @@ def update(model, processor, optimizer, prompts: list, made: M.Completions, adva
                                                   own.temperature, with_entropy=True)
         # With one update per rollout the policy has not moved since it sampled: pi_old = pi, exactly.
         old = logprobs.detach() if own.updates_per_rollout == 1 else made.logprobs[rows, :width]
-        loss, metrics = grpo_loss(logprobs, old, None if ref_logprobs is None else ref_logprobs[rows, :width], advantages.flatten()[rows], mask[rows, :width],
-                                  own.clip_low, own.clip_high, own.beta, own.kl, own.normalise, rollouts, tokens, own.max_new_tokens)
+        ref = None if ref_logprobs is None else ref_logprobs[rows, :width]
+        loss, metrics = grpo_loss(logprobs, old, ref, advantages.flatten()[rows], mask[rows, :width], own.clip_low, own.clip_high,
+                                  own.beta, own.kl, own.normalise, rollouts, tokens, own.max_new_tokens)
         loss.backward()
         metrics |= {"loss": loss.item(), "entropy": entropy.sum().item() / tokens, "length": made.lengths[rows].sum().item() / rollouts,
                     "truncated_share": made.truncated[rows].sum().item() / rollouts}
@@ -177,21 +180,27 @@ def run(stage: str, settings: config.Settings, folder: Path) -> str:
         if reference is not None:
             with torch.no_grad():
                 rows, starts = own.micro_prompts * own.group_size, range(0, len(mine), own.micro_prompts)
-                ref_logprobs = torch.cat([M.completion_logprobs(reference, processor, prompts[k : k + own.micro_prompts], ids, lengths, own.temperature)
-                                          for k, ids, lengths in zip(starts, made.ids.split(rows), made.lengths.split(rows))])
+                pieces = zip(starts, made.ids.split(rows), made.lengths.split(rows))
+                ref_logprobs = torch.cat([M.completion_logprobs(reference, processor, prompts[k : k + own.micro_prompts], *piece, own.temperature)
+                                          for k, *piece in pieces])
         clock.append(time.time())
         optimizer.param_groups[0]["lr"] = rate = learning_rate(step, own.steps, own.lr, own.warmup)
         for _ in range(own.updates_per_rollout):
             metrics = update(model, processor, optimizer, prompts, made, config.share(advantages), ref_logprobs, own)
         clock.append(time.time())
-        row = {"step": step + 1, "reward": total.mean().item()} | {f"reward_{name}": reward.mean().item() for name, reward in rewards.items()} | metrics | {
+        means = {f"reward_{name}": reward.mean().item() for name, reward in rewards.items()}
+        row = {"step": step + 1, "reward": total.mean().item()} | means | metrics | {
             "zero_variance_share": (total == total[:, :1]).all(1).float().mean().item(), "reward_std": total.std(1).mean().item(),
             "lr": rate, "seconds_rollout": clock[1] - clock[0], "seconds_reference": clock[2] - clock[1], "seconds_update": clock[3] - clock[2]}
         config.log(folder, {name: round(value, 6) if isinstance(value, float) else value for name, value in row.items()})
+        config.say(f"   step {step + 1}: accuracy {row['reward_accuracy']:.2f}, format {row['reward_format']:.2f}, "
+                   f"KL {row['kl']:.4f}, {row['length']:.0f} tokens")
         shown = step % len(batch)  # one whole group a step, to be read
-        group = slice(shown * own.group_size, (shown + 1) * own.group_size)
-        config.log(folder, {"step": step + 1, "id": batch[shown].id, "task": batch[shown].task, "label": batch[shown].label, "prompt": batch[shown].prompt,
-                            "answers": batch[shown].answers, "completions": texts[group], "rewards": total[shown].tolist(), "advantages": advantages[shown].tolist()}, "samples.jsonl")
+        sample, group = batch[shown], slice(shown * own.group_size, (shown + 1) * own.group_size)
+        config.log(folder, {"step": step + 1, "id": sample.id, "task": sample.task, "label": sample.label, "prompt": sample.prompt,
+                            "answers": sample.answers, "completions": texts[group], "rewards": total[shown].tolist(), "advantages": advantages[shown].tolist()}, "samples.jsonl")
+        if step % max(1, own.steps // 5) == 0:
+            config.say(f"   {sample.id}, label {sample.label}, reward {total[shown, 0]:g}: {texts[group][0]}")
     M.save(model, processor, folder)
     config.wait_for_all()  # all rows are there
     rewards = [row["reward_accuracy"] for row in data.read_jsonl(folder / "metrics.jsonl")]

@@ -46,7 +46,8 @@ def run(stage: str, settings: config.Settings, folder: Path) -> str:
     data.write_jsonl(folder / "wrong.jsonl", wrong)
     config.write_text(folder / "yield.json", json.dumps(counts, indent=1))
     for task, count in counts.items():
-        print(f"   {task:<22} {count['correct']:>5} of {count['pairs']} correct ({count['correct'] / max(1, count['pairs']):.1%}), {count['malformed']} malformed")
+        share = count["correct"] / max(1, count["pairs"])
+        print(f"   {task:<22} {count['correct']:>5} of {count['pairs']} correct ({share:.1%}), {count['malformed']} malformed")
     return f"{len(correct)} correct -> SFT, {len(wrong)} wrong or malformed -> GRPO"
 
 

@@ -50,7 +50,9 @@ def votes(options) -> None:
         answer, label = ((3 - row[key] if row["swapped"] and row[key] else row[key]) for key in ("answer", "label"))
         cast.setdefault(row["id"], ([], label))[0].append(answer)
     made = [(answers[: options.votes], label) for answers, label in cast.values()]
-    print("\n".join(["| votes | accuracy % |", "| --- | --- |"] + [f"| {k} | {100 * accuracy_of(made, k):.1f} |" for k in (1, 3, 5, 9, 15) if k <= options.votes]))
+    print("| votes | accuracy % |\n| --- | --- |")
+    for k in (k for k in (1, 3, 5, 9, 15) if k <= options.votes):
+        print(f"| {k} | {100 * accuracy_of(made, k):.1f} |")
     print("\n| share of the winner's votes | pairs | mean share % | winner right % |\n| --- | --- | --- | --- |")
     for low, high, pairs, share, right in calibration(made):
         print(f"| {low:.0%} to {high:.0%} | {pairs} | {100 * share:.1f} | {100 * right:.1f} |")
