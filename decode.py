@@ -5,9 +5,10 @@ The layers are those of the paper (arXiv 2502.13923) and of transformers: x + at
 turned by M-RoPE, which is plain RoPE for text. Only attention is done in another way. Its softmax runs over two parts:
 
     the prompt      its keys and values stand in memory once; all its completions ask them in one matrix product
-    the completion  its own keys and values, written in place into memory allocated once
+    the completion  its own keys and values, written in place into memory that grows by BLOCK tokens; what is not used yet is masked, since a
+                    product over rows with gaps between them takes four times as long as one over all
 
-Letters of shapes: B rows, P prompts, S seats for rows at each prompt, L prompt tokens, T room for new tokens, t of them taken, H heads of queries,
+Letters of shapes: B rows, P prompts, S seats for rows at each prompt, L prompt tokens, T room for new tokens, H heads of queries,
 K of keys and values, R = H / K, d numbers a head. With rows dropped a prompt may have fewer rows than seats; the empty ones cost little.
 """
 

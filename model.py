@@ -351,9 +351,9 @@ def generate(model, processor: Processor, prompts: list, group_size: int = 1, ma
     for batch in config.progress(batches, label) if label else batches:
         inputs = collate([prompts[p] for p in batch], "left", processor.tokenizer.pad_token_id, device)
         output = model(**inputs, use_cache=True, logits_to_keep=1)
-        own = (output.past_key_values, inputs["attention_mask"], group_size)
-        fast = decode.Decoder(model, *own) if decode.fits(model) else None
-        cache = Cache(layers=[] if fast else [PromptCache(layer.keys, layer.values, group_size, max_new_tokens) for layer in output.past_key_values.layers])
+        prompt = output.past_key_values
+        fast = decode.Decoder(model, prompt, inputs["attention_mask"], group_size) if decode.fits(model) else None
+        cache = Cache(layers=[PromptCache(layer.keys, layer.values, group_size, max_new_tokens) for layer in prompt.layers if not fast])
         rows = torch.tensor([p * group_size + g for p in batch for g in range(group_size)], device=device)
         logits = output.logits[:, -1].repeat_interleave(group_size, 0)  # [B, V]
         mask = F.pad(inputs["attention_mask"].repeat_interleave(group_size, 0), (0, max_new_tokens), value=1)

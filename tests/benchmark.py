@@ -12,6 +12,7 @@ Contestants, on the same weights, prompts (pictures included), group size, lengt
     this code   grpo.rollout, the reference, grpo.update, as grpo.run calls them
     plain loop  `generate` prompt by prompt, each row a whole sequence of its own; then the same grpo.update on
                 completion_logprobs(share_prompt=False), which runs the prompt, pictures too, once per completion
+    general     this code's rollout through transformers' layers, as every backbone but Qwen2.5-VL has it: decode.ENABLED = False
     generate    transformers' generate on all prompts at once with num_return_sequences=G: the rollout alone
     TRL         GRPOTrainer's own loop, which samples with transformers' generate on prompts repeated G times
 
@@ -57,6 +58,7 @@ from PIL import Image
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 import data
+import decode
 import grpo
 import model as M
 import sft
@@ -173,6 +175,13 @@ def generated(world: dict, prompts: list, samples: int) -> torch.Tensor:
 def step_of_generate(world: dict) -> dict:
     prompts, start = world["encode"](), clock()
     generated(world, prompts, world["own"].group_size)
+    return {"rollout": clock() - start}
+
+
+def step_of_general(world: dict) -> dict:
+    prompts, start = world["encode"](), clock()
+    with patch.object(decode, "ENABLED", False):
+        grpo.rollout(world["model"], world["processor"], world["samples"], world["own"], prompts)
     return {"rollout": clock() - start}
 
 
@@ -329,7 +338,8 @@ def measure(size: dict, out: Path, names: list) -> dict:
     """All of `names` in turns in this process."""
     world, rounds = open_world(size, out), []
     examples = random.Random(0).sample(found := data.read_conversations(out / "sft.jsonl"), len(found))
-    steps = {"this code": step_of_this, "plain loop": functools.partial(step_of_this, plain=True), "generate": step_of_generate}
+    steps = {"this code": step_of_this, "plain loop": functools.partial(step_of_this, plain=True), "general": step_of_general,
+             "generate": step_of_generate}
 
     def turn():
         row = {name: steps[name](world) for name in names if name in steps}
@@ -416,8 +426,8 @@ def show(rows: list) -> None:
 
 
 def size_table(name: str, size: dict, title: str, threads: int) -> None:
-    names = ["this code", "plain loop", "generate"] + ["TRL"] * bool(trl_version())
-    learners = [c for c in names if c != "generate"]
+    names = ["this code", "plain loop", "general", "generate"] + ["TRL"] * bool(trl_version())
+    learners = [c for c in names if c not in ("general", "generate")]
     with tempfile.TemporaryDirectory() as out:
         found = child("measure", size, Path(out), names, threads=threads)
         peaks = {c: child("alone", size | {"rounds": 1}, Path(out), [c], threads=threads) for c in learners}

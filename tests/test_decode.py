@@ -23,8 +23,9 @@ def base(samples) -> tuple:
 @pytest.fixture(scope="module")
 def grouped(tiny, prompts) -> tuple:
     """Six heads that share two of keys and values, and a head of its own; random norms and biases, which new models have at 1 and 0."""
-    text = tiny[0].config.text_config.to_dict() | dict(hidden_size=48, num_attention_heads=6, num_key_value_heads=2, layer_types=None, num_hidden_layers=3,
-                                                       tie_word_embeddings=False, rope_parameters={"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]})
+    rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]}
+    text = tiny[0].config.text_config.to_dict() | dict(hidden_size=48, num_attention_heads=6, num_key_value_heads=2, num_hidden_layers=3,
+                                                       layer_types=None, rope_parameters=rope, tie_word_embeddings=False)
     shape = tiny[0].config.to_dict() | {"text_config": text, "tie_word_embeddings": False}
     shape["vision_config"]["out_hidden_size"] = 48
     torch.manual_seed(0)
@@ -58,7 +59,7 @@ def test_tokens_and_log_probabilities_are_those_of_the_models_own_forward(reques
     assert len({len(p["ids"]) for p in prompts}) > 4 and len(rows) > 2 * decode.BLOCK
     assert fast.ids.tolist() == plain.ids.tolist() and fast.lengths.tolist() == plain.lengths.tolist()
     with torch.no_grad():
-        exact = M.completion_logprobs(copy.deepcopy(model).double(), processor, prompts, fast.ids, fast.lengths, temperature or 1.0, share_prompt=False)
+        exact = M.completion_logprobs(copy.deepcopy(model).double(), processor, prompts, fast.ids, fast.lengths, temperature or 1.0, False)
     assert (fast.logprobs - exact).abs().max() < 1e-5
 
 
@@ -68,8 +69,9 @@ def test_greedy_tokens_are_those_of_transformers(request, which):
     inputs = M.collate(prompts, "left", processor.tokenizer.pad_token_id, "cpu")
     del inputs["position_ids"]
     theirs = model.generate(**inputs, do_sample=False, max_new_tokens=40, suppress_tokens=M.banned_ids(model, processor.tokenizer).tolist(),
-                            eos_token_id=processor.tokenizer.eos_token_id, pad_token_id=processor.tokenizer.pad_token_id)[:, inputs["input_ids"].shape[1] :]
-    assert decode.fits(model) and M.generate(model, processor, prompts, 1, 40, temperature=0).ids.tolist() == theirs.tolist()
+                            eos_token_id=processor.tokenizer.eos_token_id, pad_token_id=processor.tokenizer.pad_token_id)
+    made = M.generate(model, processor, prompts, 1, 40, temperature=0)
+    assert decode.fits(model) and made.ids.tolist() == theirs[:, inputs["input_ids"].shape[1] :].tolist()
 
 
 def test_every_row_attends_to_its_own_prompt_and_tokens_whichever_rows_are_dropped(grouped):
