@@ -112,7 +112,7 @@ def states_and_curves(out: Path) -> dict:
     """{"STAGE_state": what the stage reported, "STAGE_METRIC": a curve} for every stage."""
     made = {}
     for stage in config.STAGES:
-        done, rows = config.done(stage, out), read_rows(out / stage / "metrics.jsonl")
+        done, rows = config.read_facts(out / stage / "done.json"), read_rows(out / stage / "metrics.jsonl")
         state = f'{escape(str(done["made"]))} ({done["seconds"]:,.0f} s)' if done else "not finished" + f", {len(rows)} steps so far" * bool(rows)
         made[f"{stage}_state"] = f'<span class="{"made" if done else "muted"}">{state}</span>'
         made |= {f"{stage}_{key}": curve([row.get(key) for row in rows], key, unit) for key, unit in CURVES.items()}
