@@ -294,7 +294,8 @@ def begin(stage: str, settings: Settings, folder: Path, again: str, anew: bool) 
     """Readies the folder of a stage. What was stopped is gone on with, if it is made of the same; else all goes, but for replies of a server."""
     threads = importlib.import_module("torch").get_num_threads()
     facts = made_of(stage, settings, folder.parent) | {"processes that share the weights": world()[1] if settings.run.shard else 1}
-    begun = {} if anew or made_by(stage, folder.parent) else read_facts(folder / "begun.json")
+    worth_it = any(folder.glob("*.state")) or (folder / "texts.jsonl").is_file()  # else a corrected mistake would be taken for a change
+    begun = read_facts(folder / "begun.json") if worth_it and not anew and not made_by(stage, folder.parent) else {}
     was = begun.get("made_of", facts)
     if changed := [f"{key} was {was.get(key)}, is {facts.get(key)}" for key in was | facts if was.get(key) != facts.get(key)]:
         raise UserError(f"{folder} was begun otherwise: {'; '.join(changed)}. Put that back, or begin anew: {again} --force")

@@ -60,7 +60,8 @@ def test_tokens_and_log_probabilities_are_those_of_the_models_own_forward(reques
     assert fast.ids.tolist() == plain.ids.tolist() and fast.lengths.tolist() == plain.lengths.tolist()
     with torch.no_grad():
         exact = M.completion_logprobs(copy.deepcopy(model).double(), processor, prompts, fast.ids, fast.lengths, temperature or 1.0, False)
-    assert (fast.logprobs - exact).abs().max() < 1e-5
+    error = lambda made: (made.logprobs - exact).abs().max().item()
+    assert error(fast) < max(1e-5, 2 * error(plain))  # the base's logits reach tens: fp32 rounds the model's own forward no finer
 
 
 @pytest.mark.parametrize("which", ["base", "grouped"])

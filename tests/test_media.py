@@ -638,6 +638,6 @@ def test_inspect_finds_media_in_the_image_root_and_says_what_it_takes(folder, ca
     for arguments, said in (([], "inspect PATH"), ([rows, "--sheet"], "inspect PATH"), ([rows, "--shet", "x"], "inspect PATH"), ([rows, "--sheet", str(folder / "no" / "s.png")], "that exists"), ([str(folder / "none.jsonl")], "none.jsonl")):
         monkeypatch.setattr(sys, "argv", ["data.py", "inspect", *arguments])
         with pytest.raises(SystemExit) as stopped:
-            config.main("data")
+            config.main("data", {"inspect": report.inspect})
         printed = capsys.readouterr().err
         assert stopped.value.code == 2 and said in printed and len(printed.strip().splitlines()) == 1
