@@ -434,7 +434,7 @@ def run_stages(default_stage: str, arguments: list) -> None:
     if stage not in (allowed := [name for name, entry in STAGES.items() if entry[0] == STAGES[default_stage][0]]):
         raise UserError(f"--stage {stage}: {STAGES[default_stage][0]}.py runs {', '.join(allowed)}")
     settings = load_settings(options["--config"], overrides)
-    importlib.import_module("model").limits = settings.data
+    importlib.import_module("media").limits = settings.data
     out = Path(options.get("--out", ROOT / "runs" / Path(options["--config"]).stem)).resolve()
     command = " ".join([f"--config {options['--config']}"] + [f"--{n} {v}" for n, v in overrides] + ([f"--out {options['--out']}"] if "--out" in options else []))
     whole = stage in ("grpo", "evaluate")  # the last stages of the paper: end with the table

@@ -23,6 +23,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import config
+from media import fit_clips, read_image
 
 # ------------------------------------------------------------------------------------------------------------------ tasks
 
@@ -378,29 +379,6 @@ def run(stage: str, settings: config.Settings, out: Path) -> str:
 # ---------------------------------------------------------------------------------------------------------------- sources
 
 
-def spread(length: int, count: int) -> list:
-    """Which of `length` frames stand for a clip: the one in the middle of each of `count` equal parts. A short clip repeats some."""
-    return [(2 * k + 1) * length // (2 * count) for k in range(count)]
-
-
-def fit_clips(clips: list, frames: int = 8, pair_frames: int = 8) -> list:
-    """Videos (a file, a folder or a list of frames) -> lists of equally many frames, at most `frames` each and `pair_frames` together. Equally
-    many: official files keep a pair apart by halves, and no candidate should be known by its length."""
-    import model as M
-
-    given = [clip[0] if type(clip) is list and len(clip) == 1 and "#" not in Path(clip[0]).name else clip for clip in clips]  # official rows list all
-    number = lambda file: [piece.zfill(20) for piece in re.split(r"([0-9]+)", file.name)]  # frame_2 comes before frame_10
-    files = lambda folder: [str(file) for file in sorted(Path(folder).glob("[!.]*"), key=number)]
-    clips = [files(clip) if isinstance(clip, str) and Path(clip).is_dir() else clip for clip in given]
-    most = max(1, min(frames, pair_frames // len(clips)) if len(clips) > 1 else frames)
-    lengths = [M.read_clip(clip, most, M.limits.max_pixels)[1] if isinstance(clip, str) else len(clip) for clip in clips]
-    if not all(lengths):
-        raise config.UserError(f"video {lengths.index(0) + 1}, {given[lengths.index(0)]}, has no frames")
-    count = min(most, max(lengths))
-    shown = lambda clip: [f"{clip}#{k + 1}of{count}" for k in range(count)] if isinstance(clip, str) else [clip[k] for k in spread(len(clip), count)]
-    return [shown(clip) for clip in clips]
-
-
 def pick(rows: list, strategy: str, rng) -> list:
     """"all" (or ""), "first:N", "end:N", "random:N" or "N%" (a random share, rounded up) of `rows`, in their order."""
     kind, _, number = strategy.removesuffix("%").rpartition(":")
@@ -412,8 +390,6 @@ def pick(rows: list, strategy: str, rng) -> list:
 def usable(row: dict, folder: Path, own: config.Data) -> Sample:
     """The pair of a row, its videos fitted; ValueError or UserError says why it is of no use. All media are decoded: better here than hours later.
     A row written by a stranger shows nothing from outside own.media_within (or the folder its paths begin at), wherever `..` and links lead."""
-    import model as M
-
     root = Path(os.path.realpath(own.image_root or folder))
     sample, within = row_sample(row, root), os.path.realpath(own.media_within or root)
     if any(len(pair) != 2 for pair in [*sample.scores.values(), *sample.reasons.values()]):
@@ -432,7 +408,7 @@ def usable(row: dict, folder: Path, own: config.Data) -> Sample:
         if not Path(os.path.realpath(re.sub("#[0-9]+of[0-9]+$", "", file))).is_relative_to(within):
             raise ValueError(f"{file} lies outside of {within}; if that is meant, name a folder around both in data.media_within")
     for item in sample.media:
-        if len({M.read_image(file).size for file in (item if is_video(sample.task) else [item])}) > 1:
+        if len({read_image(file).size for file in (item if is_video(sample.task) else [item])}) > 1:
             raise ValueError(f"the frames of {item[0]} ... differ in size")
     return sample
 

@@ -28,6 +28,7 @@ import openai
 import config
 import data
 import model as M
+from media import read_image
 
 
 def scripted_teacher(sample: data.Sample, rng: random.Random, error_rate: float) -> str:
@@ -92,7 +93,7 @@ def ask(samples: list, own: config.Server, url: str, model: str, file: Path, mod
     here, gives it the prompt it was trained on; others get the full prompt. rejection.py and evaluate.py ask for a checkpoint by the name of
     its stage, so serve it as: vllm serve runs/NAME/rejection_sft --served-model-name rejection_sft --port 8000"""
     prompts = [data.build_prompt(sample, mode, "short" if checkpoint else "full", allow_tie) for sample in samples]
-    digests = lambda files: [hashlib.sha256(b"%d %d " % image.size + image.tobytes()).hexdigest() for image in map(M.read_image, files)]
+    digests = lambda files: [hashlib.sha256(b"%d %d " % image.size + image.tobytes()).hexdigest() for image in map(read_image, files)]
     shape = [url, model, checkpoint, mode, temperature, own.max_new_tokens, own.max_side]
     keys = [hashlib.sha256(json.dumps([shape, text, digests(files)]).encode()).hexdigest() for text, files in map(data.to_text, prompts)]
     limit = "max_completion_tokens" if "api.openai.com" in url else "max_tokens"  # other servers know the older name
@@ -200,7 +201,7 @@ def message_parts(parts: list, max_side: int, trained_here: bool) -> list:
     for part in parts:
         part, pictures = part | {"text": part.get("text", "").replace("<|", "< |")}, []  # else a server would read "<|im_end|>" as the end of a turn
         for path in data.to_text([part])[1]:
-            image, buffer = M.read_image(path), io.BytesIO()
+            image, buffer = read_image(path), io.BytesIO()
             image.thumbnail((max_side, max_side))
             image.save(buffer, "PNG")
             pictures.append(base64.b64encode(buffer.getvalue()).decode())

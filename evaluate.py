@@ -35,6 +35,7 @@ import data
 import distill
 import model as M
 import report
+from media import fit_clips, read_image
 from report import QUALITY, SPLITS, TIES, percent
 
 # ---------------------------------------------------------------------------------------------------------------- metrics
@@ -222,8 +223,8 @@ def find_media(value, video: bool, root="", cache: Path | None = None):
         path.write_bytes(value["bytes"])
     if video and not path.exists() and path.with_suffix("").is_dir():
         path = path.with_suffix("")  # the frames of x.mp4 may stand in the folder x
-    for file in data.fit_clips([str(path)])[0] if video else [str(path)]:
-        M.read_image(file)  # what is missing or unreadable is named now, not after an hour of judging
+    for file in fit_clips([str(path)])[0] if video else [str(path)]:
+        read_image(file)  # what is missing or unreadable is named now, not after an hour of judging
     return str(path)
 
 
@@ -250,7 +251,7 @@ def read_benchmark(name: str, paths: list, media: str | None = None) -> tuple:
             try:
                 found = [row[next((key for key in keys.split("|") if key in row), keys)] for keys in shown]
                 found = [find_media(value, data.is_video(task), media or file.parent, file.with_suffix(".media")) for value in found]
-                found = data.fit_clips(found) if data.is_video(task) else found
+                found = fit_clips(found) if data.is_video(task) else found
                 answers = row["response"] if said == "response" else [row[key] for key in said.split("|") if key]
                 prompt, key = re.sub(r"<(?:image|video)>\n?", "", row[asked]), str(row.get("id", ""))
                 empty = not all(text.strip() and text.encode() for text in (prompt, *answers))
@@ -394,7 +395,7 @@ def judge_command(options) -> None:
     """Judges two candidates: once and in the order given, with --votes K times in each order; with --rank any number, each pair in both orders."""
     task, generation, video = options.task, data.is_generation(options.task), data.is_video(options.task)
     names, media = options.media if generation else options.answer, [find_media(file, video) for file in options.media]
-    media, fit = [media] if video and not generation else media, data.fit_clips if video else list  # several files: the frames of one video
+    media, fit = [media] if video and not generation else media, fit_clips if video else list  # several files: the frames of one video
     if len(names) < 2 or (len(names) > 2 and not options.rank) or (options.answer if generation else len(media) > 1):
         raise config.UserError(f"{task} takes {'two files' if generation else 'one medium, --answer A and --answer B'} (more candidates: --rank); "
                                f"got {len(options.media)} files and {len(options.answer)} answers")

@@ -28,7 +28,8 @@ import torch
 import config
 import data
 import model as M
-from sft import batches, finish_update, learning_rate, optimizer_for, steps_to_go
+from resume import steps_to_go
+from sft import batches, finish_update, learning_rate, optimizer_for
 
 # ---------------------------------------------------------------------------------------------------------- the mathematics
 

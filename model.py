@@ -11,9 +11,6 @@ cache. `completion_logprobs(..., share_prompt=False)` is the plain form, one ful
 
 import functools
 import json
-import os
-import re
-import struct
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -21,7 +18,6 @@ import torch
 import torch.nn.functional as F
 import transformers
 from jinja2 import TemplateError
-from PIL import Image, ImageOps, ImageSequence
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from safetensors import SafetensorError
@@ -32,8 +28,8 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import cached_file
 
 import config
-import data
 import decode
+import media
 
 transformers.utils.logging.disable_progress_bar()  # loading the small model takes less time than drawing the bar
 
@@ -126,49 +122,6 @@ def save(model, processor: Processor, folder: Path, dtype: torch.dtype | None = 
         (Path(folder) / name).write_text(text, encoding="utf-8")
 
 
-@torch.no_grad()
-def keep(folder: Path, name: str, step: int, optimizer) -> None:
-    """Writes what was learnt in `step` steps, Adam's moments and the lengths of the stage's logs, then deletes the state before. No random state is
-    needed: all that is drawn comes from seed, stage, step and prompt. Of sharded weights each process writes its part, the first one last: it counts."""
-    learning, rank = optimizer.param_groups[0]["params"], config.world()[0]
-    sharded = isinstance(learning[0], DTensor)
-    for turn in (rank > 0, rank == 0):
-        if turn and (sharded or rank == 0):
-            logs = {log.name: config.flush(log) for log in folder.glob("*.jsonl")}
-            moments = [{key: local(value) for key, value in optimizer.state[p].items()} for p in learning]
-            state = {"logs": logs, "learnt": [local(p.detach()) for p in learning], "moments": moments}
-            config.write_file(folder / f"{name}.{step}.{rank}.state", lambda stream: torch.save(state, stream))
-        config.wait_for_all()
-    for file in set(folder.glob(f"{name}.*.{rank}.state")) - {folder / f"{name}.{step}.{rank}.state"}:
-        file.unlink()
-
-
-@torch.no_grad()
-def resume(folder: Path, name: str, model, optimizer) -> int:
-    """Puts back the last state, cuts the logs to what they were then, and returns its step; 0 where there is none."""
-    step = max((int(file.name.split(".")[-3]) for file in folder.glob(f"{name}.*.0.state")), default=0)
-    if step:
-        learning = optimizer.param_groups[0]["params"]
-        rank = config.world()[0] if isinstance(learning[0], DTensor) else 0
-        state = torch.load(folder / f"{name}.{step}.{rank}.state", map_location="cpu", weights_only=True, mmap=True)
-        for p, value, moments in zip(learning, state["learnt"], state["moments"]):
-            local(p).copy_(value)
-            optimizer.state[p] = {key: torch.zeros_like(moment if key == "step" else p) for key, moment in moments.items()}
-            for key, moment in moments.items():
-                local(optimizer.state[p][key]).copy_(moment)
-        for p, copy in zip([p for p in model.parameters() if p.requires_grad], learning):
-            p.copy_(copy)  # a bf16 model has fp32 copies that learn
-        for log in folder.glob("*.jsonl") if config.is_main() else ():
-            os.truncate(log, state["logs"].get(log.name, 0))
-        print(f"   {name}: goes on after step {step}", flush=True)
-    return step
-
-
-def local(tensor: torch.Tensor) -> torch.Tensor:
-    """The part of it that is in this process: all of it, unless it is sharded."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
 def freeze_vision(model) -> None:
     """Only the language model learns (paper, section 4.1), neither vision tower nor projector; parameters named otherwise are an error."""
     learns = {name: name.startswith(LANGUAGE_WEIGHTS) for name, _ in model.named_parameters() if name.startswith(LANGUAGE_WEIGHTS + VISION_WEIGHTS)}
@@ -185,7 +138,7 @@ def image_patches(processor: Processor, path: str, tiled: bool = True) -> tuple:
     """(patches [n, d], or tiles [n, 3, height, width]; grid [3]) of one file as its backbone takes them, fp32; a gigabyte is kept, as every
     epoch and every group asks for them again."""
     if (path, tiled) not in processor.patches:
-        image = read_image(path)
+        image = media.read_image(path)
         made = processor.image_processor(images=[image] if tiled else [[image] * 2], return_tensors="pt")
         if "image_sizes" in made:  # LLaVA: tiles [n, 3, height, width], (n, height, width of the image)
             tiles = made["pixel_values"][0]
@@ -228,7 +181,7 @@ def encode(processor: Processor, model, parts: list, prefix: str = "", response:
     text cannot open a turn or add a placeholder. `prefix` is opened after the assistant's turn ("<think>"); `response`, for SFT, adds
     its tokens and EOS, and "prompt_length" says where they begin. UserError: longer than the model takes, or a medium that cannot be read."""
     tokenizer, kinds = processor.tokenizer, {model.config.image_token_id: 1, model.config.video_token_id: 2}
-    parts = [part | {"video": data.fit_clips([part["video"]], limits.frames)[0]} if part["type"] == "video" else part for part in parts]
+    parts = [part | {"video": media.fit_clips([part["video"]], media.limits.frames)[0]} if part["type"] == "video" else part for part in parts]
     tiled = model.config.model_type != "llava_onevision" or sum(part["type"] == "image" for part in parts) == 1
     texts, *media = (iter([part for part in parts if part["type"] == name]) for name in ("text", "image", "video"))
     ids, grids, patches = [], {1: [], 2: []}, {1: [], 2: []}
@@ -489,63 +442,3 @@ def llava_inputs(module, args, inputs: dict) -> tuple:
         features = [module.get_video_features(clip[None]).pooler_output for clip in inputs.pop("pixel_values_videos").split(clips[:, 0].tolist())]
         inputs["mm_encoder_outputs"]["video"] = BaseModelOutputWithPooling(pooler_output=torch.cat(features, 1))
     return args, inputs
-
-
-# ------------------------------------------------------------------------------------------------------------------ media
-
-limits = config.Data()  # pixels and frames of what is shown in this process; config.main puts the run's own here
-MAX_FRAMES, VIDEO_FILES = 10_000, (".mp4", ".webm", ".mov", ".mkv", ".avi", ".m4v")  # five minutes at 30 a second; read by PyAV
-MAX_PIXELS, FORMATS = 2**26, ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")  # others may start programs (EPS: Ghostscript)
-BROKEN = (OSError, ValueError, TypeError, LookupError, ArithmeticError, RuntimeError, SyntaxError, EOFError, struct.error,
-          Image.DecompressionBombError)
-
-
-def to_rgb(image: Image.Image) -> Image.Image:
-    """Upright by its EXIF orientation, 8 bits a channel, on white where it is transparent, at most limits.max_pixels."""
-    image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I"):  # 16 bits; Pillow would show everything above 255 as white
-        image = image.convert("I").point(lambda value: value / 256).convert("L")
-    if image.has_transparency_data:
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
-    scale = min(1.0, (limits.max_pixels / (image.width * image.height)) ** 0.5)
-    return image.convert("RGB").resize([int(side * scale) or 1 for side in image.size], Image.Resampling.BICUBIC)
-
-
-def frames_of(path: str, wanted=()):
-    """For each frame of an image, animation or video file: the picture if its number is `wanted`, else None. Any fault is one line."""
-    video, broken = path.lower().endswith(VIDEO_FILES), BROKEN
-    try:
-        if video:
-            import av
-            broken += (av.FFmpegError,)
-        if not Path(path).is_file():  # a device or a pipe would be read for ever
-            raise ValueError("there is no such file")
-        with av.open(path) if video else Image.open(path, formats=FORMATS) as file:
-            size = (file.streams.video[0].width, file.streams.video[0].height) if video else file.size
-            if size[0] * size[1] > MAX_PIXELS or max(size) > 200 * min(size) or not video and file.mode == "F":  # image processors refuse such sides
-                raise ValueError(f"{size[0]} x {size[1]} pixels; at most {MAX_PIXELS}, no side over 200 times the other, and no floats as pixels")
-            for k, frame in enumerate(file.decode(video=0) if video else ImageSequence.Iterator(file)):
-                if k == MAX_FRAMES or not video and k * size[0] * size[1] > 100 * MAX_PIXELS:
-                    raise ValueError(f"more than {MAX_FRAMES} frames, or too many pixels in them; cut it, or give a list of frames")
-                yield None if k not in wanted else to_rgb(frame.to_image() if video else frame)
-    except ImportError:
-        raise config.UserError(f"{path}: video files need PyAV (pip install av); folders of frames and animated GIF, WebP and PNG do not")
-    except broken as error:
-        raise config.UserError(f"cannot read {path}: {error}")
-
-
-@functools.lru_cache(maxsize=4)
-def read_clip(path: str, count: int, max_pixels: int) -> tuple:
-    """(`count` frames spread evenly over a file, how many it has); kept, since its frames are asked for one by one."""
-    length = sum(1 for _ in frames_of(path))
-    wanted = data.spread(length, count) if length else []
-    made = dict(zip(range(max(wanted, default=-1) + 1), frames_of(path, wanted)))
-    return [made[k] for k in wanted], length
-
-
-def read_image(path: str) -> Image.Image:
-    """An image file, or a frame of a clip: "clip.gif#3of8" is the third of eight spread evenly over it. RGB; UserError says what is wrong."""
-    frame = (found := re.fullmatch(r"(.+)#([0-9]{1,5})of([0-9]{1,5})", path)) and 0 < int(found[2]) <= int(found[3]) and found
-    if not frame and path.lower().endswith(VIDEO_FILES):
-        raise config.UserError(f"{path} is a video where an image belongs")
-    return read_clip(frame[1], int(frame[3]), limits.max_pixels)[0][int(frame[2]) - 1] if frame else next(frames_of(path, (0,)))

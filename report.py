@@ -25,6 +25,7 @@ from PIL import Image, ImageDraw, ImageOps
 
 import config
 import data
+from media import fit_clips, read_image
 
 SPLITS = ("test", "heldout", "ties")
 PAIRS, BYTES = 400, 12_000_000  # at most so many pairs in the browser, and so much JSON, pictures included
@@ -124,9 +125,7 @@ def states_and_curves(out: Path) -> dict:
 
 def strip(item) -> Image.Image:
     """One image, or frames of a clip side by side, none larger than SIDE."""
-    import model as M  # here, because the page itself needs no torch
-
-    frames = [M.read_image(file) for file in (data.fit_clips([item], FRAMES)[0] if isinstance(item, list) else [item])]
+    frames = [read_image(file) for file in (fit_clips([item], FRAMES)[0] if isinstance(item, list) else [item])]
     for frame in frames:
         frame.thumbnail((SIDE, SIDE))
     made = Image.new("RGB", (sum(frame.width + 1 for frame in frames) - 1, max(frame.height for frame in frames)), (128, 128, 128))

@@ -15,11 +15,9 @@ micro-batch size never changes the result.
     python sft.py --config small --stage cold_start
 """
 
-import itertools
 import json
 import math
 import random
-import signal
 import time
 from pathlib import Path
 
@@ -32,6 +30,7 @@ from torch.distributed.tensor import DTensor
 import config
 import data
 import model as M
+from resume import steps_to_go
 
 # --------------------------------------------------------------------------------------------------------------- the loss
 
@@ -117,26 +116,6 @@ def batches(items: list, size: int, seed: str, change=lambda item, rng: item):
             order += rng.sample(items, len(items))
         yield [change(item, rng) for item in order[:size]]
         order = order[size:]
-
-
-def steps_to_go(drawn, steps: int, label: str, folder: Path, model, optimizer, minutes: float):
-    """Yields (step, batch of `drawn`) for the steps still to be made. The state is kept at the end; every `minutes`, or as seldom as takes 2% of the
-    time (0: after every step); and when the process is told to stop (Ctrl-C, SIGTERM): after the step it is in, or at once if told again."""
-    stops, told, saved, wait = (signal.SIGINT, signal.SIGTERM), [], time.time(), 60 * minutes
-    first = M.resume(folder, label, model, optimizer)
-    before = [signal.signal(number, lambda *said: signal.default_int_handler(*said) if told else told.append(said)) for number in stops]
-    try:
-        for step, batch in zip(config.progress(range(first, steps), label), itertools.islice(drawn, first, None)):
-            yield step, batch
-            stop, due = map(any, zip(*config.gather([(bool(told), time.time() >= saved + wait)])))  # as one for all processes
-            if stop or due or step + 1 == steps:
-                started = time.time()
-                M.keep(folder, label, step + 1, optimizer)
-                saved, wait = time.time(), minutes and max(60 * minutes, 50 * (time.time() - started))
-            if stop:
-                raise KeyboardInterrupt
-    finally:
-        list(map(signal.signal, stops, before))
 
 
 def encode_example(processor, model, example: tuple) -> dict:

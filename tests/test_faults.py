@@ -27,7 +27,7 @@ import torch
 from PIL import Image
 
 import config
-import model as M
+import media
 
 BASE = str(ROOT / "configs" / "small-base")
 STAGE = "data.py --config smoke --out {0}/run --data.distill_pairs 1 --data.pool {0}/pairs.jsonl"
@@ -204,7 +204,7 @@ def told(name: str, folder: Path) -> str:
 
 @pytest.mark.parametrize("name", CASES)
 def test_a_mistake_is_one_line_and_exit_code_2(name, tmp_path, monkeypatch):
-    monkeypatch.setattr(M, "limits", M.limits)  # a run puts its own there
+    monkeypatch.setattr(media, "limits", media.limits)  # a run puts its own there
     told(name, tmp_path)
 
 
@@ -237,7 +237,7 @@ def contents(folder: Path) -> dict:
 
 @pytest.mark.parametrize("line, size", [(SMALL, 100), (SMALL, 3000), (BUILD, 60_000)], ids=["in a picture", "in the rows", "in the weights"])
 def test_a_full_disk_is_one_line_and_the_same_command_goes_on(line, size, tmp_path, monkeypatch):
-    monkeypatch.setattr(M, "limits", M.limits)
+    monkeypatch.setattr(media, "limits", media.limits)
     for folder in (tmp_path / "full", tmp_path / "large"):
         folder.mkdir()
     with full_after(size):
@@ -257,7 +257,7 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path):
 
 
 def test_a_damaged_done_file_is_seen_and_its_stage_made_again(tmp_path, monkeypatch):
-    monkeypatch.setattr(M, "limits", M.limits)
+    monkeypatch.setattr(media, "limits", media.limits)
     assert command(SMALL, tmp_path) == (0, "")
     before, file = contents(tmp_path / "run"), tmp_path / "run" / "data" / "done.json"
     for damaged in (file.read_text()[:50], "", "[]", "null", "\x00" * 100):
@@ -268,7 +268,7 @@ def test_a_damaged_done_file_is_seen_and_its_stage_made_again(tmp_path, monkeypa
 
 
 def test_of_two_processes_in_a_run_folder_the_second_is_refused_until_the_first_is_dead(tmp_path, monkeypatch):
-    monkeypatch.setattr(M, "limits", M.limits)
+    monkeypatch.setattr(media, "limits", media.limits)
     hold = "import fcntl, sys, time\nfile = open(sys.argv[1], 'w')\nfcntl.flock(file, fcntl.LOCK_EX)\nprint('held', flush=True)\ntime.sleep(600)"
     (tmp_path / "run").mkdir()
     with subprocess.Popen([sys.executable, "-c", hold, str(tmp_path / "run" / "lock0")], stdout=subprocess.PIPE) as first:

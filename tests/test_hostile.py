@@ -26,6 +26,7 @@ import config
 import data
 import distill
 import evaluate
+import media
 import model as M
 import report
 from test_backbones import write_release
@@ -329,7 +330,7 @@ def text_file(text: str, folder: Path) -> None:
     (folder / "r.jsonl").write_bytes(text.encode("utf-8", "surrogatepass"))
     (folder / "s.toml").write_bytes(text.encode("utf-8", "surrogatepass"))
     for read in (lambda: data.read_samples(folder / "r.jsonl"), lambda: data.read_conversations(folder / "r.jsonl"), lambda: config.load_settings(str(folder / "s.toml"), []),
-                 lambda: config.load_settings("smoke", [(text[:40], text[40:])]), lambda: M.read_image(str(folder / "r.jsonl")), lambda: M.read_image(text[:300])):
+                 lambda: config.load_settings("smoke", [(text[:40], text[40:])]), lambda: media.read_image(str(folder / "r.jsonl")), lambda: media.read_image(text[:300])):
         try:
             read()
         except config.UserError:

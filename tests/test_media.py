@@ -17,6 +17,7 @@ from PIL import Image, PngImagePlugin, features
 
 import config
 import data
+import media
 import model as M
 import report
 
@@ -28,14 +29,14 @@ def noise(size=(40, 30), seed=0) -> Image.Image:
 
 
 def pixels(path) -> np.ndarray:
-    return np.asarray(M.read_image(str(path))).astype(int)
+    return np.asarray(media.read_image(str(path))).astype(int)
 
 
 @pytest.fixture
 def limits(monkeypatch):
     """Media limits of this test alone."""
-    monkeypatch.setattr(M, "limits", config.Data())
-    return M.limits
+    monkeypatch.setattr(media, "limits", config.Data())
+    return media.limits
 
 
 # --------------------------------------------------------------------------------------------------------- one image
@@ -105,7 +106,7 @@ def test_grey_bilevel_and_cmyk_are_read(tmp_path):
 def test_no_picture_has_more_pixels_than_allowed_and_its_shape_is_kept(tmp_path, limits, size, most):
     limits.max_pixels = most
     Image.new("L", size).save(tmp_path / "a.png")
-    width, height = M.read_image(str(tmp_path / "a.png")).size
+    width, height = media.read_image(str(tmp_path / "a.png")).size
     if size[0] * size[1] <= most:
         assert (width, height) == size
     else:
@@ -140,7 +141,7 @@ def test_a_decompression_bomb_and_other_strange_files_are_one_line_that_names_th
     (tmp_path / "folder.png").mkdir()
     for name in ("bomb.png", "thin.png", "float.tiff", "text.png", "empty.png", "page.html", "folder.png", "missing.png", "clip.mp4"):
         with pytest.raises(config.UserError) as error:
-            M.read_image(str(tmp_path / name))
+            media.read_image(str(tmp_path / name))
         assert name in str(error.value) and "\n" not in str(error.value)
         assert ("pixels" in str(error.value)) == (name in ("bomb.png", "thin.png", "float.tiff"))
 
@@ -161,7 +162,7 @@ def test_a_damaged_file_is_read_or_refused_but_never_a_traceback(tmp_path):
                 broken[rng.randrange(len(broken))] = rng.randrange(256)
             path = tmp_path / f"{trial}.{suffix}"
             path.write_bytes(broken)
-            for read in (lambda: M.read_image(str(path)), lambda: [M.read_image(file) for file in data.fit_clips([str(path)])[0]]):
+            for read in (lambda: media.read_image(str(path)), lambda: [media.read_image(file) for file in media.fit_clips([str(path)])[0]]):
                 try:
                     read()
                 except config.UserError as error:
@@ -188,7 +189,7 @@ def animate(path, count: int, **options) -> str:
 
 def shown(files: list) -> list:
     """Which frames these are, by their colour."""
-    return [round(M.read_image(file).getpixel((9, 9))[0] / 12) for file in files]
+    return [round(media.read_image(file).getpixel((9, 9))[0] / 12) for file in files]
 
 
 @pytest.mark.parametrize("length", [*range(1, 40), 100, 299])
@@ -196,17 +197,17 @@ def test_the_frames_chosen_are_those_at_the_middle_of_equal_parts(length):
     """Second formula: the frame that is on the screen at that moment, in exact fractions."""
     for count in (1, 2, 3, 4, 7, 8, 16):
         times = [(Fraction(k) + Fraction(1, 2)) * Fraction(length, count) for k in range(count)]
-        assert data.spread(length, count) == [max(f for f in range(length) if f <= time) for time in times]
-        assert length != count or data.spread(length, count) == list(range(length))
-        chosen = data.spread(length, count)
+        assert media.spread(length, count) == [max(f for f in range(length) if f <= time) for time in times]
+        assert length != count or media.spread(length, count) == list(range(length))
+        chosen = media.spread(length, count)
         assert all(length - 1 - f in (g, g - 1, g + 1) for f, g in zip(chosen, chosen[::-1])), "neither end is preferred"
 
 
 @pytest.mark.parametrize("name, options", [("a.gif", {}), ("a.webp", {"lossless": True}), ("a.png", {}), ("a.tiff", {})])
 @pytest.mark.parametrize("count", [1, 3, 8, 20])
 def test_an_animation_is_sampled_evenly(tmp_path, name, options, count):
-    (files,) = data.fit_clips([animate(tmp_path / name, count, **options)])
-    assert shown(files) == data.spread(count, min(8, count))
+    (files,) = media.fit_clips([animate(tmp_path / name, count, **options)])
+    assert shown(files) == media.spread(count, min(8, count))
 
 
 def test_an_animation_given_as_an_image_is_its_first_frame(tmp_path):
@@ -217,14 +218,14 @@ def test_a_folder_of_frames_is_read_by_number_and_hidden_files_are_left_out(tmp_
     for k, frame in enumerate(frames(12)):
         frame.save(tmp_path / f"frame_{k}.png")  # frame_10 would stand before frame_2
     (tmp_path / ".DS_Store").write_text("x")
-    (files,) = data.fit_clips([str(tmp_path)], 12)
+    (files,) = media.fit_clips([str(tmp_path)], 12)
     assert shown(files) == list(range(12)) and all(Path(file).is_file() for file in files)
-    assert shown(data.fit_clips([str(tmp_path)])[0]) == data.spread(12, 8)
+    assert shown(media.fit_clips([str(tmp_path)])[0]) == media.spread(12, 8)
 
 
 def test_the_frames_of_a_list_keep_the_order_they_are_given_in(tmp_path):
     files = [f"{k}.png" for k in (3, 1, 2)]
-    assert data.fit_clips([files]) == [files]
+    assert media.fit_clips([files]) == [files]
 
 
 @pytest.mark.parametrize("lengths, expected", [((4, 4), 4), ((3, 3), 3), ((5, 5), 4), ((16, 16), 4), ((2, 9), 4), ((2, 3), 3), ((1, 1), 1), ((16,), 8), ((5,), 5)])
@@ -234,10 +235,10 @@ def test_a_pair_of_videos_is_capped_together_and_shown_with_equally_many_frames(
     if 1 in lengths:  # a list of one is the file itself
         clips = files
     for given in (clips, files):
-        made = data.fit_clips(given)
+        made = media.fit_clips(given)
         assert [len(clip) for clip in made] == [expected] * len(lengths)
-    assert [shown(clip) for clip in made] == [data.spread(length, expected) for length in lengths]
-    assert len(data.fit_clips(files, 16, 32)[0]) == min(16, max(lengths))
+    assert [shown(clip) for clip in made] == [media.spread(length, expected) for length in lengths]
+    assert len(media.fit_clips(files, 16, 32)[0]) == min(16, max(lengths))
 
 
 def test_a_clip_file_gives_the_patches_of_its_frames(tiny, tmp_path):
@@ -248,21 +249,21 @@ def test_a_clip_file_gives_the_patches_of_its_frames(tiny, tmp_path):
         files.append(str(tmp_path / f"{k}.png"))
     clip = animate(tmp_path / "a.gif", 5)
     expected = M.encode_media(tiny[1], {"type": "video", "video": files})
-    for video in (clip, [clip], data.fit_clips([clip])[0], files):
-        patches, grid = M.encode_media(tiny[1], {"type": "video", "video": data.fit_clips([video])[0]})
+    for video in (clip, [clip], media.fit_clips([clip])[0], files):
+        patches, grid = M.encode_media(tiny[1], {"type": "video", "video": media.fit_clips([video])[0]})
         assert torch.equal(patches, expected[0]) and torch.equal(grid, expected[1])
 
 
 def test_an_animation_without_end_and_one_that_lies_about_its_length_are_refused(tmp_path, monkeypatch):
     clip = animate(tmp_path / "long.gif", 12)
-    monkeypatch.setattr(M, "MAX_FRAMES", 10)
+    monkeypatch.setattr(media, "MAX_FRAMES", 10)
     with pytest.raises(config.UserError, match="long.gif.*more than 10 frames"):
-        data.fit_clips([clip])
+        media.fit_clips([clip])
     monkeypatch.undo()
     animate(tmp_path / "liar.png", 3)
     claim(tmp_path / "liar.png", b"acTL", (2**31 - 1).to_bytes(4, "big") + bytes(4))
     with pytest.raises(config.UserError, match="liar.png"):
-        data.fit_clips([str(tmp_path / "liar.png")])
+        media.fit_clips([str(tmp_path / "liar.png")])
 
 
 def test_videos_without_frames_are_refused(tmp_path):
@@ -270,13 +271,13 @@ def test_videos_without_frames_are_refused(tmp_path):
     (tmp_path / "notes.txt").write_text("no video")
     for clip, said in (([], "no frames"), (str(tmp_path / "empty"), "no frames"), (str(tmp_path / "none.gif"), "none.gif"), (str(tmp_path / "notes.txt"), "notes.txt")):
         with pytest.raises(config.UserError, match=said):
-            data.fit_clips([clip])
+            media.fit_clips([clip])
 
 
 def test_without_pyav_a_video_file_is_one_line_that_says_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "av", None)  # what Python itself puts there to make an import fail
     with pytest.raises(config.UserError, match=r"a\.mp4: .*pip install av"):
-        data.fit_clips([str(tmp_path / "a.mp4")])
+        media.fit_clips([str(tmp_path / "a.mp4")])
 
 
 @pytest.mark.parametrize("name, codec", [("a.mp4", "libx264"), ("a.webm", "libvpx-vp9")])
@@ -291,13 +292,13 @@ def test_a_video_file_is_sampled_evenly(tmp_path, name, codec):
                 container.mux(packet)
         for packet in stream.encode():
             container.mux(packet)
-    (files,) = data.fit_clips([str(tmp_path / name)])
-    assert shown(files) == data.spread(21, 8)
+    (files,) = media.fit_clips([str(tmp_path / name)])
+    assert shown(files) == media.spread(21, 8)
     with pytest.raises(config.UserError, match="a video where an image belongs"):
-        M.read_image(str(tmp_path / name))
+        media.read_image(str(tmp_path / name))
     (tmp_path / f"cut-{name}").write_bytes((tmp_path / name).read_bytes()[:60])
     with pytest.raises(config.UserError, match=f"cut-{name}"):
-        data.fit_clips([str(tmp_path / f"cut-{name}")])
+        media.fit_clips([str(tmp_path / f"cut-{name}")])
 
 
 def test_a_video_file_without_pictures_is_one_line(tmp_path):
@@ -309,7 +310,7 @@ def test_a_video_file_without_pictures_is_one_line(tmp_path):
         for packet in [*stream.encode(sound), *stream.encode()]:
             container.mux(packet)
     with pytest.raises(config.UserError, match="sound.mp4|no frames"):
-        data.fit_clips([str(tmp_path / "sound.mp4")])
+        media.fit_clips([str(tmp_path / "sound.mp4")])
 
 
 # ---------------------------------------------------------------------------------------------------- rows, good and bad
@@ -357,7 +358,7 @@ def test_rows_of_ones_own_become_the_pool_with_videos_as_frames(folder, tiny):
     assert [sample.id.split("-")[-1] for sample in made] == list("abcde") and len({sample.id for sample in made}) == 5
     assert [(s.task, s.prompt, s.label, s.answers) for s in made] == [(r["task"], r["prompt"], r["label"], r.get("answers", [])) for r in pairs()]
     assert [[len(item) if isinstance(item, list) else 1 for item in sample.media] for sample in made] == [[1, 1], [4, 4], [1], [6], [2]]
-    assert [shown(clip) for clip in made[1].media] == [data.spread(12, 4), data.spread(11, 4)]
+    assert [shown(clip) for clip in made[1].media] == [media.spread(12, 4), media.spread(11, 4)]
     for sample in made:  # and the model can read every one of them, in both orders
         for one in (sample, sample.swapped()):
             assert len(M.encode(tiny[1], tiny[0], data.build_prompt(one, "think"))["ids"]) > 10
@@ -369,7 +370,7 @@ def test_a_run_folder_moves_with_media_named_by_their_frames(folder):
     for name in ("run", "clip0.gif", "clip1.gif"):
         (folder / name).rename(folder / "deeper" / name)
     again = data.read_samples(folder / "deeper" / "run" / "pool.jsonl")
-    assert shown(again[1].media[0]) == data.spread(12, 4) and made[1].media[0] != again[1].media[0]
+    assert shown(again[1].media[0]) == media.spread(12, 4) and made[1].media[0] != again[1].media[0]
 
 
 def test_frames_of_a_video_and_pixels_are_settings(folder):
@@ -465,7 +466,7 @@ def test_a_mistake_in_a_source_is_one_line_of_the_command(bad_folder, monkeypatc
             config.main("data")
         printed = capsys.readouterr().err
         assert stopped.value.code == 2 and said in printed and len(printed.strip().splitlines()) == 1
-    assert M.limits.distill_pairs == 1, "the run's own limits hold where media are read"
+    assert media.limits.distill_pairs == 1, "the run's own limits hold where media are read"
 
 
 # -------------------------------------------------------------------------------------------------------- official files
@@ -600,7 +601,7 @@ def test_inspect_counts_and_draws_a_file_of_ones_own(bad_folder):
     with Image.open(bad_folder / "sheet.png") as sheet:
         assert sheet.format == "PNG" and sheet.width == 960
         pictures = np.asarray(sheet.convert("RGB"))
-    frame = np.array(colour(data.spread(6, 6)[2]))  # some frame of a strip is on the sheet, in its colour
+    frame = np.array(colour(media.spread(6, 6)[2]))  # some frame of a strip is on the sheet, in its colour
     assert (np.abs(pictures.astype(int) - frame).max(2) <= 3).sum() > 500
 
 
