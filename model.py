@@ -183,20 +183,20 @@ def encode(processor: Processor, model, parts: list, prefix: str = "", response:
     tokenizer, kinds = processor.tokenizer, {model.config.image_token_id: 1, model.config.video_token_id: 2}
     parts = [part | {"video": media.fit_clips([part["video"]], media.limits.frames)[0]} if part["type"] == "video" else part for part in parts]
     tiled = model.config.model_type != "llava_onevision" or sum(part["type"] == "image" for part in parts) == 1
-    texts, *media = (iter([part for part in parts if part["type"] == name]) for name in ("text", "image", "video"))
+    texts, *pictures = (iter([part for part in parts if part["type"] == name]) for name in ("text", "image", "video"))
     ids, grids, patches = [], {1: [], 2: []}, {1: [], 2: []}
     for piece in rendered_template(tokenizer, tuple(part["type"] for part in parts)):
         if piece == SENTINEL:
             ids += tokenize(tokenizer, next(texts)["text"], plain=True)
         elif kind := kinds.get(piece):
-            part = next(media[kind - 1])  # LLaVA's template shows all images before all videos
+            part = next(pictures[kind - 1])  # LLaVA's template shows all images before all videos
             patch, grid = encode_media(processor, part, tiled)
             ids += placeholders(tokenizer, model, part, piece, grid)
             grids[kind].append(grid)
             patches[kind].append(patch)
         else:
             ids.append(piece)
-    if any(map(list, media)):
+    if any(map(list, pictures)):
         raise config.UserError("the chat template leaves out an image or a video of the prompt")
     ids += tokenize(tokenizer, prefix, plain=True)
     prompt_length = len(ids)
