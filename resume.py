@@ -71,5 +71,7 @@ def steps_to_go(drawn, steps: int, label: str, folder: Path, model, optimizer, m
                 saved, wait = time.time(), minutes and max(60 * minutes, 50 * (time.time() - started))
             if stop:
                 raise KeyboardInterrupt
+        if told:  # while the last state was being written
+            raise KeyboardInterrupt
     finally:
         list(map(signal.signal, stops, before))
