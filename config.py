@@ -327,8 +327,6 @@ def do_stage(stage: str, settings: Settings, out: Path, command: str, anew: bool
              "settings": {section: dataclasses.asdict(getattr(settings, section)) for section in ["run", *sections]}}
     write_text(folder / "done.json", json.dumps(facts, indent=1))
     wait_for_all()
-    for file in [*folder.glob("*.state"), folder / "texts.jsonl", folder / "begun.json"] if is_main() else []:
-        file.unlink(missing_ok=True)
     print(f"   {made} ({facts['seconds']:.0f} s) -> {folder}", flush=True)
 
 
@@ -449,6 +447,8 @@ def run_stages(default_stage: str, arguments: list) -> None:
         for step in plan(STAGES[stage][1] if explaining else ["data", stage, "evaluate"] if whole else [stage]):
             if not is_done(step, settings, out) or ("--force" in options and step == stage):
                 do_stage(step, settings, out, command, "--force" in options and step == stage)
+            for file in [*(out / step).glob("*.state"), out / step / "texts.jsonl", out / step / "begun.json"] if is_main() else []:
+                file.unlink(missing_ok=True)  # here, since a stage may have been killed when it was done and these were still there
             if whole and not explaining:  # a chain that takes minutes shows early what each stage did
                 importlib.import_module("evaluate").after(step, settings, out)
         if explaining:

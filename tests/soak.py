@@ -91,7 +91,7 @@ def soak(kills: int, seed: int, stages: list, place: Path) -> list:
         while count["stops"] < share or not ended:
             way = draw.choices(["kill -9", "told to stop", "disk full"], [7, 2, 1])[0] if count["stops"] < share else "left alone"
             deadline = time.time() + draw.random() * duration if way in ("kill -9", "told to stop") else float("inf")
-            limits = {resource.RLIMIT_FSIZE: int(2 ** draw.uniform(9, 24))} if way == "disk full" else {}
+            limits = {resource.RLIMIT_FSIZE: int(2 ** draw.uniform(12, 24))} if way == "disk full" else {}
             how = signal.SIGKILL if way == "kill -9" else draw.choice([signal.SIGTERM, signal.SIGINT])
             code, printed = run(line, out, lambda: time.time() > deadline, how, limits)
             count["went on inside"] += "goes on after step" in printed

@@ -9,7 +9,7 @@ import pytest
 import config
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = {path.name: path.read_text(encoding="utf-8") for path in (ROOT / "README.md", ROOT / "docs" / "real.md")}
+PAGES = {path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8") for path in [ROOT / "README.md", *(ROOT / "docs").glob("*.md"), *(ROOT / "results").glob("*.md")]}
 TEXT = "\n".join(PAGES.values())
 SCRIPTS = {path.stem for path in ROOT.glob("*.py")}
 
@@ -39,9 +39,8 @@ def test_the_files_table_lists_every_script_and_nothing_else():
 
 @pytest.mark.parametrize("page", PAGES)
 def test_links_within_the_repository_lead_somewhere(page):
-    folder = ROOT if page == "README.md" else ROOT / "docs"
     for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", PAGES[page]):
-        assert (folder / target).exists(), target
+        assert ((ROOT / page).parent / target).exists(), target
 
 
 @pytest.mark.parametrize("name", sorted(set(re.findall(r"`((?:tests|configs|docs)/[\w./-]+)`", TEXT))))

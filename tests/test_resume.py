@@ -83,7 +83,7 @@ def rows(file: Path) -> list:
 def assert_same(one: Path, other: Path, there=("weights", "rows")) -> None:
     """The same files, bit for bit, but for seconds and for what names a run; both kinds that are `there`."""
     names = [{str(file.relative_to(out)) for file in out.rglob("*") if file.is_file()} for out in (one, other)]
-    assert names[0] == names[1]
+    assert names[0] == names[1], f"files {sorted(names[0] ^ names[1])}"
     kinds = {"weights": 0, "rows": 0}
     for name in sorted(names[0]):
         if name.endswith(".safetensors"):
