@@ -156,7 +156,7 @@ class GRPO(Learning):
     mode: str = setting("think", "think or answer (the control without chain of thought)", allowed="think|answer")
     start: str = setting("rejection_sft", "what is trained: base, cold_start, rejection_sft, direct_sft", allowed="base|cold_start|(rejection|direct)_sft")
     data: str = setting("wrong", "trained on: wrong (what the judge got wrong: the paper), correct, or pool (all)", allowed="wrong|correct|pool")
-    random_order: bool = setting(False, "turn every other pair round: what one judge got wrong has more labels on one side, and that is soon learnt")
+    random_order: bool = setting(False, "turn each drawn pair round with probability 1/2: what one judge got wrong has more labels on one side, and that is soon learnt")
     steps: int = setting(500, "rollouts, each followed by updates_per_rollout optimiser steps")
     prompts_per_step: int = setting(64, "prompts per rollout (paper: one on each of 64 GPUs)")
     group_size: int = setting(8, "completions per prompt, G", allowed=(2, 1e6))
@@ -308,6 +308,12 @@ def begin(stage: str, settings: Settings, folder: Path, again: str, anew: bool) 
     write_text(folder / "begun.json", json.dumps({"made_of": facts, "threads": threads}))
 
 
+def tidy(folder: Path) -> None:
+    """Deletes what only an unfinished stage needs."""
+    for file in [*folder.glob("*.state"), folder / "texts.jsonl", folder / "begun.json"] if is_main() else []:
+        file.unlink(missing_ok=True)
+
+
 def do_stage(stage: str, settings: Settings, out: Path, command: str, anew: bool = False) -> None:
     """Runs one stage, from its start or from where it was stopped; done.json, written last, makes it count."""
     (script, _, sections), torch = STAGES[stage], importlib.import_module("torch")
@@ -318,6 +324,9 @@ def do_stage(stage: str, settings: Settings, out: Path, command: str, anew: bool
         torch.set_num_threads(settings.run.threads)
     if is_main() and stage != "evaluate":  # evaluate keeps its judgements and knows which of them are still valid
         begin(stage, settings, folder, again, anew)
+    elif is_main() and anew:  # evaluate --force judges again
+        for mark in folder.glob("*-*.json"):
+            mark.unlink()
     wait_for_all()
     torch.manual_seed(int.from_bytes(hashlib.sha256(f"{settings.run.seed}/{stage}".encode()).digest()[:4], "big"))
     made = importlib.import_module(script).run(stage, settings, folder)
@@ -327,6 +336,7 @@ def do_stage(stage: str, settings: Settings, out: Path, command: str, anew: bool
              "settings": {section: dataclasses.asdict(getattr(settings, section)) for section in ["run", *sections]}}
     write_text(folder / "done.json", json.dumps(facts, indent=1))
     wait_for_all()
+    tidy(folder)
     print(f"   {made} ({facts['seconds']:.0f} s) -> {folder}", flush=True)
 
 
@@ -447,8 +457,7 @@ def run_stages(default_stage: str, arguments: list) -> None:
         for step in plan(STAGES[stage][1] if explaining else ["data", stage, "evaluate"] if whole else [stage]):
             if not is_done(step, settings, out) or ("--force" in options and step == stage):
                 do_stage(step, settings, out, command, "--force" in options and step == stage)
-            for file in [*(out / step).glob("*.state"), out / step / "texts.jsonl", out / step / "begun.json"] if is_main() else []:
-                file.unlink(missing_ok=True)  # here, since a stage may have been killed when it was done and these were still there
+            tidy(out / step)  # a stage may have been killed when it was done and its states were still there
             if whole and not explaining:  # a chain that takes minutes shows early what each stage did
                 importlib.import_module("evaluate").after(step, settings, out)
         if explaining:

@@ -135,7 +135,7 @@ def build_prompt(sample: Sample, mode: str, style: str = "short", allow_tie: boo
 
 
 def steps_text(task: str, dimensions, steps) -> str:
-    """Instruction of the short style. The base model practises pieces of the steps, never all four (see sft.py)."""
+    """Instruction of the short style. The base model practises pieces of the steps, never all four (see shapes.practice)."""
     noun = candidate_noun(task)
     return f"Compare {noun} 1 and {noun} 2 on {', '.join(dimensions)}. Steps: {', '.join(steps)}."
 

@@ -1,4 +1,4 @@
-"""--explain: one batch of a stage as a person would draw it, printed instead of running the stage. Nothing is written.
+"""--explain: one batch of a stage as a person would draw it, printed instead of running the stage, of which nothing is written; the stages before it are run where they are missing.
 
     python sft.py --config small --stage cold_start --explain          tokens, which of them are learnt, the loss of each
     python rejection.py --config small --explain                       what the judge wrote, what was read from it, where it goes
@@ -35,6 +35,8 @@ def explain_sft(stage: str, settings: config.Settings, out: Path) -> None:
     if stage == "base":
         raise config.UserError("--explain shows the later stages; the base's exercises are in base/*.jsonl after --base.rebuild true")
     own, (start, examples) = getattr(settings, stage), sft.start_and_examples(stage, settings, out)
+    if not examples:
+        raise config.UserError(f"{stage}: there is nothing to train on")
     model, processor = M.load(start)
     batch = next(sft.batches(examples, own.batch_size, f"{settings.run.seed}/{stage}"))
     batch = [sft.encode_example(processor, model, example) for example in batch]
@@ -80,6 +82,8 @@ def explain_grpo(stage: str, settings: config.Settings, out: Path) -> None:
         total = sum(getattr(own, f"{name}_weight") * reward for name, reward in rewards.items())
         if total.unique().numel() > 1:
             break
+    else:
+        print("no group has unequal rewards; this is the last, and only the KL penalty moves it\n")
     advantages = grpo.group_advantages(total, own.scale_by_std)
     print(f"{sample.task}, {sample.id}, label {sample.label}\nprompt:\n{prompt_line(processor, prompts[0]['ids'])}\n")
     print(f"{'completion':>10}{''.join(f'{name:>13}' for name in rewards)}{'R':>8}{'A':>8}   says")

@@ -2,7 +2,7 @@
 
 Paper, section 4.3. For each prompt sample G completions y_1..y_G from the policy, reward each, and compare within the group:
 
-    R_i   = format (0/1) + accuracy (0/1)
+    R_i   = format (0/1) + accuracy (0/1)                                     each with its weight
     A_i   = (R_i - mean R) / (std R + 1e-4)                                   unbiased std over the group
     rho_t = pi(y_t) / pi_old(y_t)
     loss  = - mean over rollouts, mean over tokens of  min(rho_t A, clip(rho_t, 1-eps, 1+eps) A) - beta KL_t

@@ -11,7 +11,7 @@ from PIL import Image, ImageOps, ImageSequence
 
 import config
 
-limits = config.Data()  # pixels and frames of what is shown in this process; config.main puts the run's own here
+limits = config.Data()  # pixels and frames of what is shown in this process; config.run_stages puts the run's own here
 MAX_FRAMES, VIDEO_FILES = 10_000, (".mp4", ".webm", ".mov", ".mkv", ".avi", ".m4v")  # five minutes at 30 a second; read by PyAV
 MAX_PIXELS, FORMATS = 2**26, ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")  # others may start programs (EPS: Ghostscript)
 BROKEN = (OSError, ValueError, TypeError, LookupError, ArithmeticError, RuntimeError, SyntaxError, EOFError, struct.error,
@@ -54,7 +54,8 @@ def frames_of(path: str, wanted=()):
 
 @functools.lru_cache(maxsize=4)
 def read_clip(path: str, count: int, max_pixels: int) -> tuple:
-    """(`count` frames spread evenly over a file, how many it has); kept, since its frames are asked for one by one."""
+    """(`count` frames spread evenly over a file, how many it has); kept, since its frames are asked for one by one (`max_pixels`
+    is there for the cache alone)."""
     length = sum(1 for _ in frames_of(path))
     wanted = spread(length, count) if length else []
     made = dict(zip(range(max(wanted, default=-1) + 1), frames_of(path, wanted)))

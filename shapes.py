@@ -276,7 +276,7 @@ def draw_split(split: str, settings: config.Settings, folder) -> dict:
 
 # --------------------------------------------------------------------------------------------------------------- practice
 # What the base model learns before it ever sees a chain of thought: naming, checking, rating one candidate, adding up, comparing, and
-# the bare verdict, on all four tasks. Each exercise is a contiguous piece of check, score, total, decide; none is the whole on any
+# the bare verdict, on all four tasks. But for naming, tags and the direct answer, each is a contiguous piece of check, score, total, decide; none is the whole on any
 # pair. Dimensions come in any order and number, so that reading them from the prompt is the only way to be right.
 
 PRACTICE = {"name": 1, "name_pair": 1, "check": 2, "rate": 3, "compare": 8, "total": 1, "decide": 2, "total_decide": 3, "tagged": 2, "direct": 7}

@@ -114,7 +114,7 @@ def whole(tmp_path_factory) -> Path:
 STOPS = [  # (what is there when the signal comes, how many, signal)
     ("data/media/*", 9, signal.SIGKILL), ("cold_start/begun.json", 1, signal.SIGKILL), ("cold_start/metrics.jsonl", 2, signal.SIGKILL),
     ("cold_start/metrics.jsonl", 3, signal.SIGTERM), ("cold_start/*.safetensors", 1, signal.SIGKILL), ("rejection/texts.jsonl", 1, signal.SIGKILL),
-    ("rejection/yield.json", 1, signal.SIGINT), ("rejection_sft/*.state", 1, signal.SIGKILL), ("evaluate/*.texts", 1, signal.SIGKILL),
+    ("rejection/yield.json", 1, signal.SIGTERM), ("rejection_sft/*.state", 1, signal.SIGKILL), ("evaluate/*.texts", 1, signal.SIGKILL),
     ("grpo/metrics.jsonl", 1, signal.SIGKILL), ("grpo/samples.jsonl", 2, signal.SIGINT), ("evaluate/grpo-think-*.texts", 2, signal.SIGKILL),
     ("grpo_direct/metrics.jsonl", 1, signal.SIGTERM), ("grpo_direct/metrics.jsonl", 3, signal.SIGKILL), ("evaluate/results.json", 1, signal.SIGKILL)]
 
