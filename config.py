@@ -156,7 +156,7 @@ class GRPO(Learning):
     mode: str = setting("think", "think or answer (the control without chain of thought)", allowed="think|answer")
     start: str = setting("rejection_sft", "what is trained: base, cold_start, rejection_sft, direct_sft", allowed="base|cold_start|(rejection|direct)_sft")
     data: str = setting("wrong", "trained on: wrong (what the judge got wrong: the paper), correct, or pool (all)", allowed="wrong|correct|pool")
-    random_order: bool = setting(False, "turn each drawn pair round with probability 1/2: what one judge got wrong has more labels on one side, and that is soon learnt")
+    random_order: bool = setting(False, "turn each drawn pair round with probability 1/2: what one judge got wrong has more labels on one side")
     steps: int = setting(500, "rollouts, each followed by updates_per_rollout optimiser steps")
     prompts_per_step: int = setting(64, "prompts per rollout (paper: one on each of 64 GPUs)")
     group_size: int = setting(8, "completions per prompt, G", allowed=(2, 1e6))
@@ -457,7 +457,8 @@ def run_stages(default_stage: str, arguments: list) -> None:
         for step in plan(STAGES[stage][1] if explaining else ["data", stage, "evaluate"] if whole else [stage]):
             if not is_done(step, settings, out) or ("--force" in options and step == stage):
                 do_stage(step, settings, out, command, "--force" in options and step == stage)
-            tidy(out / step)  # a stage may have been killed when it was done and its states were still there
+            else:
+                tidy(out / step)  # it may have been killed when it was done and its states were still there
             if whole and not explaining:  # a chain that takes minutes shows early what each stage did
                 importlib.import_module("evaluate").after(step, settings, out)
         if explaining:

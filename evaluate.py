@@ -360,12 +360,12 @@ def choose_model(options) -> tuple:
 
 
 def judge_pairs(model, processor, samples: list, mode: str = "think", votes: int = 0, orders: tuple = (False, True), style: str = "short",
-                template: str = "", own: config.Evaluate | None = None) -> list:
+                template: str = "", own: config.Evaluate | None = None, label: str = "") -> list:
     """Judges pairs in batches, each order (False: as given, True: swapped) once and greedily, or `votes` times at temperature 1:
     judge_pairs(*M.load("runs/small/grpo"), [data.Sample("1", "image_generation", "a red square", ["a.png", "b.png"])], votes=5)
     One dict per sample: "answer" 1, 2, 0 (undecided) or None (nothing readable), "votes" {answer: count}, "margin" (votes for 1 - for 2) / all,
     "total_margin" mean difference of stated totals or None, "judgements" rows of `judge` in the sample's own numbering (not so their texts)."""
-    rows = judge(model, processor, samples, mode, own or config.Evaluate(), False, "", orders, style, template, votes)
+    rows = judge(model, processor, samples, mode, own or config.Evaluate(), False, label, orders, style, template, votes)
     results, flip, turn = [], {1: 2, 2: 1}, lambda pair: {3 - k: value for k, value in pair.items()}
     for row in [row for row in rows if row["swapped"]]:
         row |= {key: flip.get(row[key], row[key]) for key in ("answer", "label")} | {"margin": None if row["margin"] is None else -row["margin"]}

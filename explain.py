@@ -1,4 +1,5 @@
-"""--explain: one batch of a stage as a person would draw it, printed instead of running the stage, of which nothing is written; the stages before it are run where they are missing.
+"""--explain: one batch of a stage as a person would draw it, printed instead of running the stage, of which nothing is written; the
+stages before it are run where they are missing.
 
     python sft.py --config small --stage cold_start --explain          tokens, which of them are learnt, the loss of each
     python rejection.py --config small --explain                       what the judge wrote, what was read from it, where it goes
@@ -74,12 +75,12 @@ def explain_grpo(stage: str, settings: config.Settings, out: Path) -> None:
     """The first group of unequal rewards: its advantages, and what one update with it alone changes in its best completion."""
     own = getattr(settings, stage)
     samples, start = grpo.training_samples(own, out), config.checkpoint(own.start, settings, out)
-    (model, processor), (reference, _) = M.load(start), M.load(start)
+    model, processor = M.load(start)
     optimizer = sft.optimizer_for(model, own)
     for sample in samples:
-        prompts = [M.encode(processor, model, data.build_prompt(sample, own.mode), data.THINK if own.mode == "think" else "")]
+        prompts = grpo.encode_prompts(processor, model, [sample], own)
         made, texts, rewards = grpo.rollout(model, processor, [sample], own, prompts, [settings.run.seed])
-        total = sum(getattr(own, f"{name}_weight") * reward for name, reward in rewards.items())
+        total = grpo.total_reward(rewards, own)
         if total.unique().numel() > 1:
             break
     else:
@@ -92,14 +93,12 @@ def explain_grpo(stage: str, settings: config.Settings, out: Path) -> None:
         print(f"{k + 1:>10}{''.join(f'{reward[0, k]:>13.0f}' for reward in rewards.values())}{total[0, k]:>8.2f}{advantages[0, k]:>+8.2f}   {says}")
     print(f"\nmean R {total.mean():.3f}, std {total.std():.3f}: A = {'(R - mean) / (std + 1e-4)' if own.scale_by_std else 'R - mean'}")
     best = int(advantages.argmax())
-    with torch.no_grad():
-        score = lambda policy: M.completion_logprobs(policy, processor, prompts, made.ids, made.lengths, own.temperature)
-        ref, old = score(reference), score(model)
+    score = torch.no_grad()(lambda: M.completion_logprobs(model, processor, prompts, made.ids, made.lengths, own.temperature))
+    old = score()  # before its first update the policy is its own reference
     optimizer.param_groups[0]["lr"] = own.lr
-    metrics = grpo.update(model, processor, optimizer, prompts, made, advantages, ref, own)
-    with torch.no_grad():
-        new = score(model)
-    ratio, kl = (new - old).exp(), grpo.kl_estimate(new, ref, own.kl)
+    metrics = grpo.update(model, processor, optimizer, prompts, made, advantages, old, own)
+    new = score()
+    ratio, kl = (new - old).exp(), grpo.kl_estimate(new, old, own.kl)
     print(f"\none update with this group alone, lr {own.lr:g}: loss {metrics['loss']:+.2e}, whose value says nothing, "
           f"gradient norm {metrics['grad_norm']:.3f}\ncompletion {best + 1}, A = {advantages[0, best]:+.2f}; "
           f"ratio = new / old probability, clipped outside [{1 - own.clip_low:g}, {1 + own.clip_high:g}]\n")

@@ -108,6 +108,16 @@ def rewards_of(text: str, sample: data.Sample, mode: str) -> dict:
 # -------------------------------------------------------------------------------------------------------- rollout and update
 
 
+def encode_prompts(processor, model, samples: list, own: config.GRPO) -> list:
+    """The prompts of `samples` as tensors, see model.encode."""
+    return [M.encode(processor, model, data.build_prompt(sample, own.mode), data.THINK if own.mode == "think" else "") for sample in samples]
+
+
+def total_reward(rewards: dict, own: config.GRPO) -> torch.Tensor:
+    """R: the rewards {name: [P, G]}, each times its weight. -> [P, G]"""
+    return sum(getattr(own, f"{name}_weight") * reward for name, reward in rewards.items())
+
+
 def rollout(model, processor, samples: list, own: config.GRPO, prompts: list, seeds: list | None = None) -> tuple:
     """G completions per prompt: (Completions, texts [P * G], {reward: [P, G]}); of several processes, each samples for its own prompts and
     learns the texts and rewards of all."""
@@ -170,11 +180,11 @@ def run(stage: str, settings: config.Settings, folder: Path) -> str:
     drawn = batches(samples, own.prompts_per_step, f"{settings.run.seed}/{stage}", turn)
     for step, batch in steps_to_go(drawn, own.steps, stage, folder, model, optimizer, own.save_minutes):
         clock, mine = [time.time()], config.share(batch)  # the prompts of this process; all of them, where it is the only one
-        prompts = [M.encode(processor, model, data.build_prompt(s, own.mode), data.THINK if own.mode == "think" else "") for s in mine]
+        prompts = encode_prompts(processor, model, mine, own)
         draw = random.Random(f"{settings.run.seed}/{stage}/{step}")  # what is sampled depends on step and prompt, not on the process
         seeds = config.share([draw.getrandbits(32) for _ in batch])
         made, texts, rewards = rollout(model, processor, mine, own, prompts, seeds)
-        total = sum(getattr(own, f"{name}_weight") * reward for name, reward in rewards.items())  # [P, G]
+        total = total_reward(rewards, own)  # [P, G]
         advantages = group_advantages(total, own.scale_by_std)
         clock.append(time.time())
         ref_logprobs = None
@@ -199,7 +209,8 @@ def run(stage: str, settings: config.Settings, folder: Path) -> str:
         shown = step % len(batch)  # one whole group a step, to be read
         sample, group = batch[shown], slice(shown * own.group_size, (shown + 1) * own.group_size)
         config.log(folder, {"step": step + 1, "id": sample.id, "task": sample.task, "label": sample.label, "prompt": sample.prompt,
-                            "answers": sample.answers, "completions": texts[group], "rewards": total[shown].tolist(), "advantages": advantages[shown].tolist()}, "samples.jsonl")
+                            "answers": sample.answers, "completions": texts[group], "rewards": total[shown].tolist(),
+                            "advantages": advantages[shown].tolist()}, "samples.jsonl")
         if step % max(1, own.steps // 5) == 0:
             config.say(f"   {sample.id}, label {sample.label}, reward {total[shown, 0]:g}: {texts[group][0]}")
     M.save(model, processor, folder)
@@ -209,7 +220,6 @@ def run(stage: str, settings: config.Settings, folder: Path) -> str:
     first, last = (sum(some) / span for some in (rewards[:span], rewards[-span:]))
     return (f"{own.steps} steps of {own.prompts_per_step} x {own.group_size} completions on {len(samples)} samples; "
             f"accuracy reward {first:.2f} in the first {span} steps, {last:.2f} in the last {span}")
-
 
 
 if __name__ == "__main__":

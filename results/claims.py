@@ -20,7 +20,7 @@ import data
 from evaluate import interval, pair_scores
 
 COLUMNS = ("split", "id", "swapped", "task", "mode", "label", "answer", "format_ok", "sums_ok", "consistent", "scores_right", "facts_right")
-STUDENT = (12.71, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)  # t at 97.5%, 1 to 9 degrees of freedom
+STUDENT = (12.71, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)  # t at 97.5%, 1 to 9 degrees of freedom; more seeds take the last
 PAPER = {  # accuracy as printed: VLRewardBench, GenAI-Bench image and video (diff), VideoGen-RewardBench (diff)
     "base-answer": (67.5, 70.9, 77.2, 79.3), "grpo_direct-answer": (69.0, 71.3, 78.4, 79.5), "cold_start-think": (66.9, 68.6, 75.3, 76.8),
     "rejection_sft-think": (72.1, 72.0, 78.9, 79.7), "grpo-think": (73.8, 72.5, 82.3, 80.5), "grpo-answer": (73.1, 71.9, 81.6, 79.9)}
@@ -63,7 +63,7 @@ def settings_of(path: Path) -> dict:
     """{"section.key": value} of all finished stages of a run folder."""
     found = {}
     for file in sorted(path.glob("*/done.json")):
-        for section, values in json.loads(file.read_text())["settings"].items():
+        for section, values in config.read_facts(file).get("settings", {}).items():
             found |= {f"{section}.{key}": value for key, value in values.items()}
     return found
 
@@ -77,7 +77,7 @@ def estimate(samples: list) -> tuple:
     if len(means) == 1:
         span = interval(np.array(samples[0]))
         return means[0], span["low"], span["high"]
-    half = STUDENT[len(means) - 2] * np.std(means, ddof=1) / len(means) ** 0.5
+    half = STUDENT[min(len(means), 10) - 2] * np.std(means, ddof=1) / len(means) ** 0.5
     return float(np.mean(means)), float(np.mean(means) - half), float(np.mean(means) + half)
 
 
@@ -145,7 +145,7 @@ def changes_table(named: dict, folders: dict) -> str:
     """One row for each WHAT of the runs named seedN-WHAT: the full model, against the plain runs of the same seeds."""
     lines, changed = [], sorted({name.partition("-")[2] for name in named} - {""})
     for what in changed:
-        both = {name: name.partition("-")[0] for name in named if name.partition("-")[2] == what and name.partition("-")[0] in named}
+        both = {name: name.partition("-")[0] for name in named if name.partition("-")[2] == what}
         ours, plain = (settings_of(folders[name]) if name in folders else {} for name in list(both.items())[0])
         flags = " ".join(f"--{key} {value}" for key, value in ours.items() if plain.get(key) != value)
         runs = [named[name] for name in both]
@@ -166,8 +166,8 @@ def table(options) -> None:
         if options.keep:
             keep(run, Path(options.keep) / f"{name}.jsonl.gz")
     plain = [run for name, run in named.items() if "-" not in name]
-    if not plain:
-        raise config.UserError("give at least one run without a - in its name: the others are compared with the run of their seed")
+    if alone := [name for name in named if name.partition("-")[0] not in named]:
+        raise config.UserError(f"{alone[0]} is compared with {alone[0].partition('-')[0]}: give that run too")
     found, rows = claims(plain), [(name, f"{stage}-{mode}") for name, stage, mode in config.ROWS if mode == "think"]
     points = lambda scope, e: f"{scope.replace('_', ' ')} {100 * e[0]:+.1f} [{100 * e[1]:+.1f}, {100 * e[2]:+.1f}]"
     lines = [[name, what, "<br>".join(points(*one) for one in scopes), decision(scopes)] for name, what, scopes in found]

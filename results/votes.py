@@ -13,6 +13,7 @@ import config
 import data
 import evaluate
 import model as M
+from results.claims import markdown
 
 
 def majority(answers: list, label: int) -> float:
@@ -44,15 +45,8 @@ def votes(options) -> None:
         raise config.UserError(f"{checkpoint} holds no finished model: python grpo.py makes one; --votes is 1 or more")
     samples, own = data.read_samples(run / "data" / "test.jsonl"), config.Evaluate(max_new_tokens=options.max_new_tokens)
     model, processor = M.load(str(checkpoint))
-    rows = evaluate.judge(model, processor, samples, "think", own, votes=-(-options.votes // 2), orders=(False, True), label="voting")
-    cast = {}
-    for row in rows:
-        answer, label = ((3 - row[key] if row["swapped"] and row[key] else row[key]) for key in ("answer", "label"))
-        cast.setdefault(row["id"], ([], label))[0].append(answer)
-    made = [(answers[: options.votes], label) for answers, label in cast.values()]
-    print("| votes | accuracy % |\n| --- | --- |")
-    for k in (k for k in (1, 3, 5, 9, 15) if k <= options.votes):
-        print(f"| {k} | {100 * accuracy_of(made, k):.1f} |")
-    print("\n| share of the winner's votes | pairs | mean share % | winner right % |\n| --- | --- | --- | --- |")
-    for low, high, pairs, share, right in calibration(made):
-        print(f"| {low:.0%} to {high:.0%} | {pairs} | {100 * share:.1f} | {100 * right:.1f} |")
+    results = evaluate.judge_pairs(model, processor, samples, votes=-(-options.votes // 2), own=own, label="voting")
+    made = [([row["answer"] for row in result["judgements"]][: options.votes], sample.label) for sample, result in zip(samples, results)]
+    print(markdown(["votes", "accuracy %"], [[k, f"{100 * accuracy_of(made, k):.1f}"] for k in (1, 3, 5, 9, 15) if k <= options.votes]))
+    print(markdown(["share of the winner's votes", "pairs", "mean share %", "winner right %"],
+                   [[f"{low:.0%} to {high:.0%}", pairs, f"{100 * share:.1f}", f"{100 * right:.1f}"] for low, high, pairs, share, right in calibration(made)]))

@@ -99,3 +99,14 @@ def test_mistakes_are_named(tmp_path):
     (tmp_path / "seed1.jsonl.gz").write_bytes(b"text")
     with pytest.raises(config.UserError, match="cannot read .*seed1"):
         claims.table(argparse.Namespace(runs=[str(tmp_path / "seed1.jsonl.gz")], keep="", json=""))
+
+
+def test_a_changed_run_without_the_run_of_its_seed_is_named(tmp_path):
+    folders = [write_folder(tmp_path / name, make_run({}), {}) for name in ("seed0", "seed5-beta0")]
+    with pytest.raises(config.UserError, match="seed5-beta0 is compared with seed5"):
+        claims.table(argparse.Namespace(runs=folders, keep="", json=""))
+
+
+def test_more_seeds_than_the_quantiles_reach():
+    mean, low, high = claims.estimate([[float(k)] for k in range(12)])
+    assert mean == 5.5 and math.isclose(high - mean, claims.STUDENT[-1] * np.std(range(12), ddof=1) / 12**0.5)
