@@ -27,8 +27,10 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-# Two torch threads beside another busy process would spin-wait for each other, ten times slower; asleep they cost a few per cent.
+# How long torch's threads wait for each other awake, some 0.1 ms. Asleep at once, two were hardly faster than one here; awake for longer, they
+# are several times slower beside another busy process, which has the core that one of them waits for.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("GOMP_SPINCOUNT", "3000")
 ROOT = Path(__file__).resolve().parent
 distributed = lambda: importlib.import_module("torch.distributed")  # torch is imported late: --help and a mistyped setting answer at once
 is_main = lambda: world()[0] == 0  # under torchrun only the first process writes files and prints
@@ -64,6 +66,8 @@ class Run:
 class Data:
     distill_pairs: int = setting(1000, "image generation pairs shown to the teacher (paper: about 10K, of which 5.5K were kept)")
     pool_pairs: int = setting(1000, "pairs per task in the unified pool (paper: about 105K in all)")
+    distill_tasks: str = setting("image_generation", "the small world's pairs for the teacher: image_generation (the paper) or all tasks",
+                                 allowed="image_generation|all")
     test_pairs: int = setting(300, "pairs per task in the in-distribution test")
     heldout_pairs: int = setting(100, "pairs per task whose colour-shape combinations were never trained on", allowed=(0, 1e12))
     tie_pairs: int = setting(90, "pairs per generation task in the split of which a third are ties", allowed=(0, 1e12))
@@ -142,12 +146,15 @@ class Distill(Server):
     price_in: float = setting(2.5, "price of a million prompt tokens, in the unit of max_cost (default: gpt-4o in US dollars)", shapes=False)
     price_out: float = setting(10.0, "price of a million reply tokens, in the unit of max_cost (default: gpt-4o in US dollars)", shapes=False)
     error_rate: float = setting(0.1, "share of its judgements in which the scripted teacher scores a dimension wrongly", allowed=(0, 1))
+    scores: bool = setting(True, "false: the scripted teacher reasons without scores and sums (with grpo.consistency_weight 0)")
 
 
 @dataclass
 class Rejection(Server):
     endpoint: str = setting("", "server (vLLM: http://HOST:8000/v1) that has the judge as cold_start; empty runs it here", False, f"({URL})?")
     temperature: float = setting(1.0, "sampling temperature of the judge")
+    select: str = setting("correct", "what is learnt: correct (the paper); consistent: of these, whose sums add up and lead to the verdict; random: as "
+                          "many as are correct, right or wrong (a control)", allowed="correct|consistent|random")
     batch_rows: int = setting(256, "completions decoded together; changes memory and speed", False)
 
 
@@ -171,6 +178,8 @@ class GRPO(Learning):
     format_weight: float = setting(1.0, "weight of the format reward")
     accuracy_weight: float = setting(1.0, "weight of the accuracy reward")
     consistency_weight: float = setting(0.0, "weight of a reward for sums that add up and a verdict that follows from them (not in the paper)")
+    dimension_weight: float = setting(0.0, "weight of a reward for the share of right scores (VR-Thinker); needs their truth: the small world")
+    gated: bool = setting(False, "pay accuracy only where the verdict follows from sums that add up, instead of adding the rewards up")
     temperature: float = setting(1.0, "sampling temperature; log-probabilities are taken at the same one", allowed=(0.01, 100))
     max_new_tokens: int = setting(2048, "longest completion")
     micro_prompts: int = setting(4, "groups per forward pass; changes memory and speed, never the result", False)

@@ -31,9 +31,9 @@ import model as M
 from media import read_image
 
 
-def scripted_teacher(sample: data.Sample, rng: random.Random, error_rate: float) -> str:
+def scripted_teacher(sample: data.Sample, rng: random.Random, error_rate: float, with_scores: bool = True) -> str:
     """Reasoning from the known facts. With probability `error_rate` one fact is misjudged; its score, the sums and the verdict follow
-    from the wrong fact, as they do when a real teacher looks carelessly."""
+    from the wrong fact, as they do when a real teacher looks carelessly. Without scores the facts and the verdict are all that is written."""
     import shapes
 
     reasons = {dimension: list(pair) for dimension, pair in sample.reasons.items()}
@@ -43,7 +43,8 @@ def scripted_teacher(sample: data.Sample, rng: random.Random, error_rate: float)
     scores = {dimension: [shapes.score_of(dimension, fact) for fact in pair] for dimension, pair in reasons.items()}
     totals = [sum(pair[k] for pair in scores.values()) for k in (0, 1)]
     winner = 1 if totals[0] > totals[1] else 2 if totals[0] < totals[1] else rng.choice([1, 2])
-    return data.write_reasoning(sample.task, reasons, scores, data.verdict_string(sample.task, winner))
+    text = data.write_reasoning(sample.task, reasons, scores, data.verdict_string(sample.task, winner))
+    return text if with_scores else re.sub(r" \(\d+/10\)|\nTotal score:.*(?=</think>)", "", text)
 
 
 def why_dropped(reply: str, sample: data.Sample) -> str | None:
@@ -64,7 +65,7 @@ def run(stage: str, settings: config.Settings, folder: Path) -> str:
     if missing := [s.id for s in samples if not {"scripted": s.reasons, "given": s.response}.get(own.teacher, True)]:
         raise config.UserError(f"the {own.teacher} teacher knows nothing of {missing[0]}; ask a served one, for instance --distill.teacher gpt-4o")
     if own.teacher in ("scripted", "given"):  # the latter: SFT rows that have their reasoning already
-        write = lambda sample: sample.response or scripted_teacher(sample, rng, own.error_rate)
+        write = lambda sample: sample.response or scripted_teacher(sample, rng, own.error_rate, own.scores)
         replies = [{"text": write(sample), "finish": "stop"} for sample in config.progress(samples, "teacher")]
     else:
         replies = ask(samples, own, own.base_url, own.teacher, folder / "replies.jsonl", temperature=own.temperature, label="teacher")
@@ -76,7 +77,7 @@ def run(stage: str, settings: config.Settings, folder: Path) -> str:
     data.write_jsonl(folder / "kept.jsonl", kept)
     data.write_jsonl(folder / "dropped.jsonl", dropped)
     why = "".join(f"; {count} {reason}" for reason, count in Counter(row["dropped"] for row in dropped).items())
-    return f"the teacher judged {len(samples)} image generation pairs, {len(kept)} agree with the label and are kept, {len(dropped)} dropped{why}"
+    return f"the teacher judged {len(samples)} pairs, {len(kept)} agree with the label and are kept, {len(dropped)} dropped{why}"
 
 
 # ------------------------------------------------------------------------------------------------------ asking a served model

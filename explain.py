@@ -90,7 +90,7 @@ def explain_grpo(stage: str, settings: config.Settings, out: Path) -> None:
     print(f"{'completion':>10}{''.join(f'{name:>13}' for name in rewards)}{'R':>8}{'A':>8}   says")
     for k, text in enumerate(texts):
         says = data.parse_verdict(text, sample.task).answer
-        print(f"{k + 1:>10}{''.join(f'{reward[0, k]:>13.0f}' for reward in rewards.values())}{total[0, k]:>8.2f}{advantages[0, k]:>+8.2f}   {says}")
+        print(f"{k + 1:>10}{''.join(f'{reward[0, k]:>13.3g}' for reward in rewards.values())}{total[0, k]:>8.2f}{advantages[0, k]:>+8.2f}   {says}")
     print(f"\nmean R {total.mean():.3f}, std {total.std():.3f}: A = {'(R - mean) / (std + 1e-4)' if own.scale_by_std else 'R - mean'}")
     best = int(advantages.argmax())
     score = torch.no_grad()(lambda: M.completion_logprobs(model, processor, prompts, made.ids, made.lengths, own.temperature))

@@ -97,12 +97,14 @@ def grpo_loss(logprobs, old_logprobs, ref_logprobs, advantages, completion_mask,
 
 
 def rewards_of(text: str, sample: data.Sample, mode: str) -> dict:
-    """The rewards of one completion, each 0 or 1, kept apart so that they can be logged apart. Format and accuracy are the paper's;
-    consistency asks for sums that add up and a verdict that follows from them."""
+    """The rewards of one completion, each from 0 to 1, kept apart so that they can be logged apart. Format and accuracy are the paper's; consistency
+    asks for sums that add up and a verdict that follows from them; dimension is the share of scores that are right, 0 where no truth is known."""
     verdict = data.parse_verdict(text, sample.task)
     format_ok = verdict.format_ok if mode == "think" else bool(re.fullmatch(r"<answer>[^<]*</answer>", text))
     accurate = verdict.answer is not None and verdict.answer == sample.label
-    return {"format": float(format_ok), "accuracy": float(accurate), "consistency": float(verdict.consistent)}
+    right = [verdict.scores.get(dimension, {}).get(k) == score for dimension, pair in sample.scores.items() for k, score in enumerate(pair, 1)]
+    return {"format": float(format_ok), "accuracy": float(accurate), "consistency": float(verdict.consistent),
+            "dimension": sum(right) / max(1, len(right))}
 
 
 # -------------------------------------------------------------------------------------------------------- rollout and update
@@ -114,7 +116,9 @@ def encode_prompts(processor, model, samples: list, own: config.GRPO) -> list:
 
 
 def total_reward(rewards: dict, own: config.GRPO) -> torch.Tensor:
-    """R: the rewards {name: [P, G]}, each times its weight. -> [P, G]"""
+    """R: the rewards {name: [P, G]}, each times its weight; with own.gated, accuracy counts only where the reasoning leads to it. -> [P, G]"""
+    if own.gated:
+        rewards = rewards | {"accuracy": rewards["accuracy"] * rewards["consistency"]}
     return sum(getattr(own, f"{name}_weight") * reward for name, reward in rewards.items())
 
 
@@ -162,6 +166,8 @@ def training_samples(own: config.GRPO, out: Path) -> list:
     samples = data.read_samples(out / files[own.data])
     if not samples:
         raise config.UserError(f"{out / files[own.data]} is empty: there is nothing to train on")
+    if own.dimension_weight and not all(sample.scores for sample in samples):
+        raise config.UserError("grpo.dimension_weight needs the true scores of every pair, which only the small world knows; set it to 0")
     return samples
 
 

@@ -18,11 +18,6 @@ import distill
 import model as M
 
 
-def accepted(verdict: data.Verdict, sample: data.Sample) -> bool:
-    """Correct and well-formed: a text to learn from."""
-    return verdict.format_ok and verdict.answer == sample.label
-
-
 def run(stage: str, settings: config.Settings, folder: Path) -> str:
     own, out = settings.rejection, folder.parent
     samples = data.read_samples(out / "data" / "pool.jsonl")
@@ -34,14 +29,19 @@ def run(stage: str, settings: config.Settings, folder: Path) -> str:
         rng = random.Random(f"{settings.run.seed}/rejection")
         texts = distill.generate_kept(folder / "texts.jsonl", model, processor, [data.build_prompt(sample, "think") for sample in samples], own,
                                       [rng.getrandbits(32) for _ in samples], "judging the pool", prefix=data.THINK, temperature=own.temperature)
+    verdicts = [data.parse_verdict(text, sample.task) for sample, text in zip(samples, texts)]
+    good = [verdict.format_ok and verdict.answer == sample.label and (verdict.consistent or own.select != "consistent")
+            for verdict, sample in zip(verdicts, samples)]
+    learnt = good  # by the model, in rejection_sft
+    if own.select == "random":
+        learnt = random.Random(f"{settings.run.seed}/random").sample(good, len(good))
     correct, wrong, counts = [], [], {task: {"pairs": 0, "correct": 0, "malformed": 0} for task in data.TASKS}
-    for sample, text in zip(samples, texts):
-        verdict = data.parse_verdict(text, sample.task)
-        good = accepted(verdict, sample)
+    for sample, text, verdict, is_good, is_learnt in zip(samples, texts, verdicts, good, learnt):
         counts[sample.task]["pairs"] += 1
-        counts[sample.task]["correct"] += good
+        counts[sample.task]["correct"] += is_good
         counts[sample.task]["malformed"] += not (verdict.format_ok and verdict.answer is not None)
-        correct.append(data.sft_row(sample, "think", text)) if good else wrong.append(data.sample_row(sample) | {"judged": text})
+        correct += [data.sft_row(sample, "think", text)] * is_learnt
+        wrong += [data.sample_row(sample) | {"judged": text}] * (not is_good)
     data.write_jsonl(folder / "correct.jsonl", correct)
     data.write_jsonl(folder / "wrong.jsonl", wrong)
     config.write_text(folder / "yield.json", json.dumps(counts, indent=1))
