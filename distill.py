@@ -47,8 +47,8 @@ def scripted_teacher(sample: data.Sample, rng: random.Random, error_rate: float,
     return text if with_scores else re.sub(r" \(\d+/10\)|\nTotal score:.*(?=</think>)", "", text)
 
 
-def why_dropped(reply: str, sample: data.Sample) -> str | None:
-    """The consistency filter: None keeps the reply."""
+def why_dropped(reply: str, sample: data.Sample, reasoned: bool = False) -> str | None:
+    """The consistency filter: None keeps the reply, which is well-formed and agrees with the label; if `reasoned`, for reasons that lead to it."""
     verdict = data.parse_verdict(reply, sample.task)
     if not verdict.format_ok:
         return "malformed"
@@ -56,7 +56,7 @@ def why_dropped(reply: str, sample: data.Sample) -> str | None:
         return "no readable verdict"
     if verdict.answer != sample.label:
         return f"says {verdict.answer}, the label is {sample.label}"
-    return None
+    return "the verdict does not follow from sums that add up" if reasoned and not verdict.consistent else None
 
 
 def run(stage: str, settings: config.Settings, folder: Path) -> str:

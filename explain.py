@@ -13,9 +13,9 @@ import torch
 
 import config
 import data
+import distill
 import grpo
 import model as M
-import rejection
 import sft
 
 
@@ -66,7 +66,7 @@ def explain_rejection(stage: str, settings: config.Settings, out: Path) -> None:
     texts = M.generate_texts(model, processor, prompts, data.THINK, 1, own.max_new_tokens, own.temperature, own.batch_rows)
     for sample, text in zip(samples, texts):
         verdict = data.parse_verdict(text, sample.task)
-        goes = "correct.jsonl -> SFT" if rejection.accepted(verdict, sample) else "wrong.jsonl -> GRPO"
+        goes = "correct.jsonl -> SFT" if distill.why_dropped(text, sample, own.select == "consistent") is None else "wrong.jsonl -> GRPO"
         print(f"{sample.task}, {sample.id}: {sample.prompt}\n{''.join(f'  {k}. {a}' + chr(10) for k, a in enumerate(sample.answers, 1))}{text}")
         print(f"format {'kept' if verdict.format_ok else 'broken'}, says {verdict.answer}, the label is {sample.label}: {goes}\n")
 

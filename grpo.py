@@ -2,18 +2,21 @@
 
 Paper, section 4.3. For each prompt sample G completions y_1..y_G from the policy, reward each, and compare within the group:
 
-    R_i   = format (0/1) + accuracy (0/1)                                     each with its weight
+    R_i   = format (0/1) + accuracy (0/1)                                     each with its weight; more of them in rewards_of
     A_i   = (R_i - mean R) / (std R + 1e-4)                                   unbiased std over the group
     rho_t = pi(y_t) / pi_old(y_t)
-    loss  = - mean over rollouts, mean over tokens of  min(rho_t A, clip(rho_t, 1-eps, 1+eps) A) - beta KL_t
+    loss  = mean over rollouts, mean over tokens, of  -(min(rho_t A, clip(rho_t, 1-eps, 1+eps) A) - beta KL_t)
     KL_t  = exp(d) - d - 1,   d = log pi_ref(y_t) - log pi(y_t)               (k3; reference = the model entering the stage)
 
 The value of this loss says nothing: with one update per rollout rho = 1, the advantages of a group sum to zero, and the loss is beta
-times a tiny KL. Its *gradient* is that of REINFORCE with the group's mean as baseline. Watch the rewards instead.
+times a tiny KL (only weighed by lengths, as `normalise` token and constant do, the advantages leave something). Its *gradient* is that of
+REINFORCE with the group's mean as baseline. Watch the rewards instead.
 
+Departures from the paper, both off unless the settings say so: pairs are shown in either order (random_order), and a third reward is for sums
+that add up and a verdict that follows from them (consistency_weight).
 Departures from the official code: (1) denominators are those of the whole update, fixed before the micro-batch loop. (2) A group of
-equal rewards gets advantages of exactly 0. (3) The format reward wants the whole text to match, end included. (4) Log-probabilities are
-those of the distribution that was sampled. (5) The prompt is run once per group, for the update as for the rollout.
+equal rewards gets advantages of exactly 0. (3) The format reward wants the whole text to match: nothing after </answer>. (4)
+Log-probabilities are those of the distribution that was sampled. (5) The prompt is run once per group, for the update as for the rollout.
 
     python grpo.py --config small
 """
@@ -38,7 +41,7 @@ def group_advantages(rewards: torch.Tensor, scale_by_std: bool = True, eps: floa
     """A = (R - mean) / (std + eps) within each group, unbiased std; `scale_by_std=False` is Dr. GRPO's A = R - mean. [P, G] -> [P, G]
 
     A group of equal rewards gets exactly 0: in fp32 the mean of eight equal numbers need not be that number, and the residue divided
-    by a small eps would be noise of ordinary size."""
+    by a small eps would be noise in every token's gradient."""
     advantages = rewards - rewards.mean(1, keepdim=True)
     if scale_by_std and rewards.shape[1] > 1:
         advantages = advantages / (rewards.std(1, keepdim=True) + eps)
@@ -139,7 +142,8 @@ def rollout(model, processor, samples: list, own: config.GRPO, prompts: list, se
 def update(model, processor, optimizer, prompts: list, made: M.Completions, advantages: torch.Tensor, ref_logprobs, own: config.GRPO) -> dict:
     """One optimiser step on a rollout, in micro-batches of whole groups. advantages [P, G]. Returns the update's metrics."""
     G, mask, totals = own.group_size, made.mask, {}
-    rollouts, tokens = map(sum, zip(*config.gather([(len(mask), int(mask.sum()))])))  # of the whole update, whichever process runs them
+    counts = config.gather([(len(mask), int(mask.sum()))])  # of every process: denominators are those of the whole update
+    rollouts, tokens = sum(n for n, _ in counts), sum(n for _, n in counts)
     optimizer.zero_grad()
     for k in range(0, len(prompts), own.micro_prompts):
         rows = slice(k * G, (k + own.micro_prompts) * G)
@@ -184,6 +188,7 @@ def run(stage: str, settings: config.Settings, folder: Path) -> str:
     optimizer = optimizer_for(model, own)
     turn = lambda sample, rng: sample.swapped() if own.random_order and sample.turns and rng.random() < 0.5 else sample
     drawn = batches(samples, own.prompts_per_step, f"{settings.run.seed}/{stage}", turn)
+    # One batch a step, whatever the step does with it: a run that goes on after a stop skips as many as there were steps.
     for step, batch in steps_to_go(drawn, own.steps, stage, folder, model, optimizer, own.save_minutes):
         clock, mine = [time.time()], config.share(batch)  # the prompts of this process; all of them, where it is the only one
         prompts = encode_prompts(processor, model, mine, own)

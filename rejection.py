@@ -29,14 +29,13 @@ def run(stage: str, settings: config.Settings, folder: Path) -> str:
         rng = random.Random(f"{settings.run.seed}/rejection")
         texts = distill.generate_kept(folder / "texts.jsonl", model, processor, [data.build_prompt(sample, "think") for sample in samples], own,
                                       [rng.getrandbits(32) for _ in samples], "judging the pool", prefix=data.THINK, temperature=own.temperature)
-    verdicts = [data.parse_verdict(text, sample.task) for sample, text in zip(samples, texts)]
-    good = [verdict.format_ok and verdict.answer == sample.label and (verdict.consistent or own.select != "consistent")
-            for verdict, sample in zip(verdicts, samples)]
+    good = [distill.why_dropped(text, sample, own.select == "consistent") is None for sample, text in zip(samples, texts)]
     learnt = good  # by the model, in rejection_sft
     if own.select == "random":
         learnt = random.Random(f"{settings.run.seed}/random").sample(good, len(good))
     correct, wrong, counts = [], [], {task: {"pairs": 0, "correct": 0, "malformed": 0} for task in data.TASKS}
-    for sample, text, verdict, is_good, is_learnt in zip(samples, texts, verdicts, good, learnt):
+    for sample, text, is_good, is_learnt in zip(samples, texts, good, learnt):
+        verdict = data.parse_verdict(text, sample.task)
         counts[sample.task]["pairs"] += 1
         counts[sample.task]["correct"] += is_good
         counts[sample.task]["malformed"] += not (verdict.format_ok and verdict.answer is not None)

@@ -7,6 +7,7 @@ import io
 import json
 import os
 import random
+import re
 import signal
 import socket
 import subprocess
@@ -447,6 +448,25 @@ def test_rejection_takes_its_judgements_from_a_server(samples, world, tmp_path, 
     assert server.asked() == {s.id: 1 for s in samples}
 
 
+def test_what_is_learnt_is_what_was_right_or_also_well_reasoned_or_as_many_by_chance(samples, world, tmp_path, serve):
+    (tmp_path / "data").symlink_to(world)
+    (tmp_path / "rejection").mkdir()
+    (tmp_path / "cold_start").mkdir()
+    (tmp_path / "cold_start" / "done.json").write_text('{"id": "cold_start 1"}')
+    pool = tmp_path / "data" / "pool.jsonl"
+    pool.write_bytes((world / "pairs.jsonl").read_bytes())
+    wrong, badly = {s.id for s in samples[::3]}, {s.id for s in samples[1::3]}  # the latter with a verdict that their sums do not lead to
+    spoil = lambda text: re.sub(r"=(\d+)\.", lambda m: f"={int(m[1]) + 1}.", text)
+    reply = lambda s: right(s.swapped()) if s.id in wrong else spoil(right(s)) if s.id in badly else right(s)
+    server, settings, ids = serve(samples, lambda attempt, s, body: completion(reply(s).removeprefix(data.THINK))), config.Settings(), {s.id for s in samples}
+    for select, learnt, kept_back in (("correct", ids - wrong, wrong), ("consistent", ids - wrong - badly, wrong | badly), ("random", None, wrong)):
+        settings.rejection = config.Rejection(endpoint=server.url, select=select)
+        rejection.run("rejection", settings, tmp_path / "rejection")
+        made, left = ([row["id"] for row in data.read_jsonl(tmp_path / "rejection" / f"{name}.jsonl")] for name in ("correct", "wrong"))
+        assert set(left) == kept_back and (set(made) == learnt if learnt else len(made) == len(ids - wrong) and set(made) & wrong and set(made) < ids)
+    pool.unlink()
+
+
 @pytest.mark.parametrize("mode", ["think", "answer"])
 def test_a_served_checkpoint_reads_the_prompt_it_was_trained_on(tiny, samples, serve, tmp_path, mode):
     """What a server renders from the request with the checkpoint's own chat template is what model.encode feeds it here."""
@@ -514,6 +534,16 @@ def test_an_address_or_a_key_that_cannot_work_is_said_before_anything_is_sent(ru
     with pytest.raises(config.UserError, match=said) as error:
         distill.run("distill", settings, run_folder / "distill")
     assert "\n" not in str(error.value) and "schlüssel" not in str(error.value) and not server.seen
+
+
+@pytest.mark.parametrize("error_rate", [0.0, 1.0])
+def test_a_teacher_without_scores_writes_the_same_facts_and_verdict(samples, error_rate):
+    for sample in samples:
+        scored, bare = (distill.scripted_teacher(sample, random.Random(1), error_rate, with_scores) for with_scores in (True, False))
+        assert not re.search("[0-9]/|[0-9]=|Total", bare)
+        facts = [fact for pair in data.parse_verdict(scored, sample.task).reasons.values() for fact in pair.values()]
+        assert len(facts) >= 4 and all(fact in bare for fact in facts)
+        assert data.parse_verdict(bare, sample.task).format_ok and data.parse_answer(bare, sample.task) == data.parse_answer(scored, sample.task)
 
 
 def test_only_the_small_world_has_a_scripted_teacher_and_sft_rows_bring_their_own(tmp_path):

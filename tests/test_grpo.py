@@ -283,6 +283,18 @@ def test_an_unreadable_verdict_is_never_right_even_where_the_label_is_unknown():
     assert grpo.rewards_of("no verdict at all", data.Sample("1", "image_generation", label=None), "think")["accuracy"] == 0
 
 
+def test_the_share_of_right_scores_is_a_reward_where_they_are_known():
+    known = data.Sample("1", "image_generation", label=1, scores={"aesthetics": [9, 7], "authenticity": [10, 10]})
+    assert grpo.rewards_of(GOOD, known, "think")["dimension"] == 1 / 4  # 9 is right, 4 is not, and of two nothing is said
+
+
+@pytest.mark.parametrize("gated, expected", [(False, [3.5, 2.5, 2.5, 1.0]), (True, [3.5, 0.5, 2.5, 1.0])])
+def test_rewards_are_weighted_and_accuracy_may_depend_on_the_reasoning(gated, expected):
+    rewards = {"format": [1, 1, 1, 0], "accuracy": [1, 1, 0, 0], "consistency": [1, 0, 1, 0], "dimension": [0, 0, 1, 1]}
+    own = config.GRPO(format_weight=0.5, accuracy_weight=2.0, consistency_weight=1.0, dimension_weight=1.0, gated=gated)
+    assert grpo.total_reward({name: torch.tensor([values]) for name, values in rewards.items()}, own).tolist() == [expected]
+
+
 # --------------------------------------------------------------------------------------------------- one update of a model
 
 
