@@ -3,7 +3,7 @@
 Paper, section 4.1: about 10K image generation pairs go to GPT-4o; the 5.5K answers whose verdict equals the label become the cold start
 data. Image generation alone: the format is meant to carry over to the other tasks by itself (claim C4).
 
-Departure: (1) the teacher of the small world is a script that knows every scene, writes its reasoning from the known facts, and errs at
+Departure from the paper: the teacher of the small world is a script that knows every scene, writes its reasoning from the known facts, and errs at
 a set rate, so that the filter has work to do. The paper's teacher is one setting away; it is shown the pair and never the label.
 
     python distill.py --config small

@@ -1,7 +1,7 @@
 """Stage 2a, rejection sampling: the cold-started model judges the whole unified pool.
 
 Paper, section 4.2: what it judges correctly becomes SFT data on all tasks (its own reasoning, written back to it); what it judges
-wrongly is kept for GRPO, where there is still something to learn. One sample per pair at temperature 1.
+wrongly, or without keeping the format, is left for GRPO, where there is still something to learn. One sample per pair at temperature 1.
 
     python rejection.py --config small
 

@@ -1,6 +1,6 @@
 """Supervised fine-tuning: the one loop behind the base, the cold start (1b), rejection-sampled SFT (2b) and the direct control.
 
-Paper, section 4: L = - sum_t log p(y_t | x, y_<t), summed over the response only (EOS included), averaged over its tokens.
+Paper, section 4: L = - sum_t log p(y_t | x, y_<t), over the response only (EOS included), averaged over the response tokens of a batch.
 The stages differ in their data alone:
 
     base            exercises on all four tasks, no chain of thought; stands for the pretrained UnifiedReward
@@ -237,7 +237,7 @@ def run(stage: str, settings: config.Settings, folder: Path) -> str:
             return f"starts from {settings.model.path}"
         return build_base(settings, folder)
     start, examples = start_and_examples(stage, settings, folder.parent)
-    count = round(own.replay * len(examples))  # comparisons close the think block without a verdict: replayed, they keep the format from other tasks
+    count = round(own.replay * len(examples))  # comparisons close the think block without a verdict: replayed, they would keep the other tasks from the format
     replayed = practice_examples(settings, folder, count, without="compare") if count else []
     model, processor = M.load(start, shard=settings.run.shard)
     train(model, processor, examples + replayed, own, folder, f"{settings.run.seed}/{stage}", stage)
