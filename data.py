@@ -23,6 +23,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import config
+import stages
 from media import fit_clips, read_image
 
 # ------------------------------------------------------------------------------------------------------------------ tasks
@@ -435,4 +436,4 @@ def write_sources(split: str, settings: config.Settings, out: Path) -> dict:
 
 
 if __name__ == "__main__":
-    config.main("data", {"inspect": lambda arguments: config.importlib.import_module("report").inspect(arguments)})
+    stages.main("data", {"inspect": lambda arguments: config.importlib.import_module("report").inspect(arguments)})

@@ -28,6 +28,7 @@ import openai
 import config
 import data
 import model as M
+import stages
 from media import read_image
 
 
@@ -213,4 +214,4 @@ def message_parts(parts: list, max_side: int, trained_here: bool) -> list:
 
 
 if __name__ == "__main__":
-    config.main("distill")
+    stages.main("distill")

@@ -35,6 +35,7 @@ import data
 import distill
 import model as M
 import report
+import stages
 from media import fit_clips, read_image
 from report import QUALITY, SPLITS, TIES, percent
 
@@ -128,11 +129,11 @@ def judge_checkpoint(stage: str, mode: str, settings: config.Settings, out: Path
     folder = out / "evaluate"
     folder.mkdir(parents=True, exist_ok=True)
     kept, mark = folder / f"{stage}-{mode}.jsonl", folder / f"{stage}-{mode}.json"
-    state = [config.made_by(s, out) for s in (stage, "data")] + [config.shaping(settings.evaluate)]
+    state = [stages.made_by(s, out) for s in (stage, "data")] + [config.shaping(settings.evaluate)]
     if not mark.is_file() or json.loads(mark.read_text())["state"] != state:
         model, processor = {"url": settings.evaluate.endpoint, "model": stage, "file": folder / "replies.jsonl", "checkpoint": state[0]}, None
         if not settings.evaluate.endpoint or stage not in settings.evaluate.served.split(","):
-            model, processor = M.load(config.checkpoint(stage, settings, out))
+            model, processor = M.load(stages.checkpoint(stage, settings, out))
         rows = []
         for split in SPLITS:
             if not (samples := read_split(split, settings, out)):
@@ -181,7 +182,7 @@ def table(results: list) -> str:
 
 def after(stage: str, settings: config.Settings, out: Path) -> None:
     """Judges a checkpoint that was just made, for the one line that says what its stage did."""
-    for name, checkpoint, mode in config.ROWS:
+    for name, checkpoint, mode in stages.ROWS:
         if checkpoint == stage:
             cell = judge_checkpoint(stage, mode, settings, out)["splits"]["test"]["all"]
             print(f"   {name}: {percent(cell['accuracy'])}% [{percent(cell['low'])}, {percent(cell['high'])}] on the test split", flush=True)
@@ -190,7 +191,7 @@ def after(stage: str, settings: config.Settings, out: Path) -> None:
 def run(stage: str, settings: config.Settings, folder: Path) -> str:
     out = folder.parent
     results = [{"name": name, "stage": checkpoint, "mode": mode} | judge_checkpoint(checkpoint, mode, settings, out)
-               for name, checkpoint, mode in config.ROWS]
+               for name, checkpoint, mode in stages.ROWS]
     config.write_text(folder / "results.json", json.dumps({"rows": results}, indent=1))
     config.write_text(folder / "table.txt", table(results))
     if config.is_main():
@@ -456,4 +457,4 @@ def command_line(command: str, arguments: list) -> None:
 
 
 if __name__ == "__main__":
-    config.main("evaluate", {name: functools.partial(command_line, name) for name in COMMANDS})
+    stages.main("evaluate", {name: functools.partial(command_line, name) for name in COMMANDS})

@@ -25,6 +25,7 @@ from PIL import Image, ImageDraw, ImageOps
 
 import config
 import data
+import stages
 from media import fit_clips, read_image
 
 SPLITS = ("test", "heldout", "ties")
@@ -50,7 +51,7 @@ def read_rows(path: Path) -> list:
 
 def read_results(out: Path) -> list:
     """The rows of the stage table, of the checkpoints judged so far: evaluate.py writes a file for each."""
-    files = {row: out / "evaluate" / f"{row[1]}-{row[2]}.json" for row in config.ROWS}
+    files = {row: out / "evaluate" / f"{row[1]}-{row[2]}.json" for row in stages.ROWS}
     return [dict(zip(("name", "stage", "mode"), row)) | json.loads(file.read_text()) for row, file in files.items() if file.is_file()]
 
 
@@ -112,8 +113,8 @@ def curve(values: list, name: str, unit: str) -> str:
 def states_and_curves(out: Path) -> dict:
     """{"STAGE_state": what the stage reported, "STAGE_METRIC": a curve} for every stage."""
     made = {}
-    for stage in config.STAGES:
-        done, rows = config.read_facts(out / stage / "done.json"), read_rows(out / stage / "metrics.jsonl")
+    for stage in stages.STAGES:
+        done, rows = stages.read_facts(out / stage / "done.json"), read_rows(out / stage / "metrics.jsonl")
         state = f'{escape(str(done["made"]))} ({done["seconds"]:,.0f} s)' if done else "not finished" + f", {len(rows)} steps so far" * bool(rows)
         made[f"{stage}_state"] = f'<span class="{"made" if done else "muted"}">{state}</span>'
         made |= {f"{stage}_{key}": curve([row.get(key) for row in rows], key, unit) for key, unit in CURVES.items()}
