@@ -60,8 +60,8 @@ def pair_scores(rows: list, value=lambda row: row["answer"] == row["label"]) -> 
 
 def summarise(rows: list) -> dict:
     """Metrics of the judgements of one task (or of all) on one split."""
-    right, by_pair = [row["answer"] == row["label"] for row in rows], np.array(list(pair_scores(rows).values()))
-    share, flip = lambda values: round(float(np.mean(list(values))), 4), {1: 2, 2: 1}
+    by_pair, flip = np.array(list(pair_scores(rows).values())), {1: 2, 2: 1}
+    share = lambda values: round(float(np.mean(list(values))), 4)
     made = {"accuracy": share(by_pair), **interval(by_pair), "pairs": len(by_pair), "unreadable": share(row["answer"] is None for row in rows),
             "first_chosen": share(row["answer"] == 1 for row in rows)}
     given, turned = ({row["id"]: row["answer"] for row in rows if row["swapped"] == swapped} for swapped in (False, True))
@@ -71,8 +71,6 @@ def summarise(rows: list) -> dict:
         made |= {name: share(row[name] for row in rows) for name in ("format_ok", "sums_ok", "consistent")}
         if all(row["scores_right"] is not None for row in rows):  # the truth is known in the small world only
             made |= {name: share(row[name] for row in rows) for name in ("scores_right", "facts_right")}
-            made["right_verdict_wrong_reasoning"] = share(ok and row["scores_right"] < 1 for row, ok in zip(rows, right))
-            made["wrong_verdict_right_reasoning"] = share(not ok and row["scores_right"] == 1 for row, ok in zip(rows, right))
     return made
 
 
@@ -97,17 +95,16 @@ def judge(model, processor, samples: list, mode: str, own: config.Evaluate, allo
           style: str = "short", template: str = "", votes: int = 0, file: Path | None = None) -> list:
     """Judges each of `samples` in each of `orders` (False: as given, True: swapped, where it can be), greedily or `votes` times at temperature 1;
     one row per judgement, those of a sample together. `template` replaces the text of the prompt. Without a processor `model` is the server:
-    arguments of distill.ask, which answers once. `file` keeps the texts, see distill.generate_kept."""
-    prefix, repeats = data.THINK if mode == "think" else "", votes or 1
+    arguments of distill.ask, which answers once. `file` keeps the texts, see distill.generate_texts."""
     asked = [(s.swapped() if swapped else s, swapped) for s in samples for swapped in orders if s.turns or not swapped]
     shown = [config.dataclasses.replace(s, problem=data.fill_template(template, s, mode)) if template else s for s, _ in asked]
     if processor is None:
         texts = [reply["text"] for reply in distill.ask(shown, own, **model, mode=mode, allow_tie=allow_tie, label=label or "asking")]
     else:
-        texts = distill.generate_kept(file, model, processor, [data.build_prompt(s, mode, style, allow_tie) for s in shown], own, label=label, prefix=prefix,
-                                      group_size=repeats, temperature=1.0 if votes else 0.0)
+        prompts, prefix = [data.build_prompt(s, mode, style, allow_tie) for s in shown], data.THINK if mode == "think" else ""
+        texts = distill.generate_texts(model, processor, prompts, own, prefix, votes or 1, 1.0 if votes else 0.0, label=label, file=file)
     rows = []
-    for (sample, swapped), text in zip([one for one in asked for _ in range(repeats)], texts):
+    for (sample, swapped), text in zip([one for one in asked for _ in range(votes or 1)], texts):
         verdict = data.parse_verdict(text, sample.task)
         cells = [(d, k) for d in sample.scores for k in (1, 2)]
         got = lambda found, truth: np.mean([found.get(d, {}).get(k) == truth[d][k - 1] for d, k in cells]) if cells else None

@@ -13,9 +13,9 @@ import torch
 
 import config
 import data
+import distill
 import grpo
 import model as M
-import rejection
 import sft
 import stages
 
@@ -64,10 +64,10 @@ def explain_rejection(stage: str, settings: config.Settings, out: Path) -> None:
     samples = [next(s for s in samples if s.task == task) for task in data.TASKS if any(s.task == task for s in samples)]
     model, processor = M.load(stages.checkpoint("cold_start", settings, out))
     prompts = [data.build_prompt(sample, "think") for sample in samples]
-    texts = M.generate_texts(model, processor, prompts, data.THINK, 1, own.max_new_tokens, own.temperature, own.batch_rows)
+    texts = distill.generate_texts(model, processor, prompts, own, data.THINK, temperature=own.temperature)
     for sample, text in zip(samples, texts):
         verdict = data.parse_verdict(text, sample.task)
-        goes = "correct.jsonl -> SFT" if rejection.accepted(verdict, sample) else "wrong.jsonl -> GRPO"
+        goes = "correct.jsonl -> SFT" if distill.why_dropped(text, sample) is None else "wrong.jsonl -> GRPO"
         print(f"{sample.task}, {sample.id}: {sample.prompt}\n{''.join(f'  {k}. {a}' + chr(10) for k, a in enumerate(sample.answers, 1))}{text}")
         print(f"format {'kept' if verdict.format_ok else 'broken'}, says {verdict.answer}, the label is {sample.label}: {goes}\n")
 

@@ -19,11 +19,6 @@ import model as M
 import stages
 
 
-def accepted(verdict: data.Verdict, sample: data.Sample) -> bool:
-    """Correct and well-formed: a text to learn from."""
-    return verdict.format_ok and verdict.answer == sample.label
-
-
 def run(stage: str, settings: config.Settings, folder: Path) -> str:
     own, out = settings.rejection, folder.parent
     samples = data.read_samples(out / "data" / "pool.jsonl")
@@ -33,12 +28,12 @@ def run(stage: str, settings: config.Settings, folder: Path) -> str:
     else:
         model, processor = M.load(stages.checkpoint("cold_start", settings, out))
         rng = random.Random(f"{settings.run.seed}/rejection")
-        texts = distill.generate_kept(folder / "texts.jsonl", model, processor, [data.build_prompt(sample, "think") for sample in samples], own,
-                                      [rng.getrandbits(32) for _ in samples], "judging the pool", prefix=data.THINK, temperature=own.temperature)
+        prompts, seeds = [data.build_prompt(sample, "think") for sample in samples], [rng.getrandbits(32) for _ in samples]
+        texts = distill.generate_texts(model, processor, prompts, own, data.THINK, 1, own.temperature, seeds, "judging the pool", folder / "texts.jsonl")
     correct, wrong, counts = [], [], {task: {"pairs": 0, "correct": 0, "malformed": 0} for task in data.TASKS}
     for sample, text in zip(samples, texts):
         verdict = data.parse_verdict(text, sample.task)
-        good = accepted(verdict, sample)
+        good = distill.why_dropped(text, sample) is None
         counts[sample.task]["pairs"] += 1
         counts[sample.task]["correct"] += good
         counts[sample.task]["malformed"] += not (verdict.format_ok and verdict.answer is not None)
