@@ -37,7 +37,7 @@ import model as M
 import report
 import stages
 from media import fit_clips, read_image
-from report import QUALITY, SPLITS, TIES, percent
+from report import SPLITS, percent
 
 # ---------------------------------------------------------------------------------------------------------------- metrics
 
@@ -152,29 +152,17 @@ def judge_checkpoint(stage: str, mode: str, settings: config.Settings, out: Path
     return json.loads(mark.read_text())
 
 
-# ------------------------------------------------------------------------------------------------------------------ table
-
+# ------------------------------------------------------------------------------------------------------------------ stage
 
 
 def table(results: list) -> str:
-    """The stage table as text: accuracy per task with its interval, then the quality of the reasoning."""
-    def part(title, width, heads, cells):
-        line = lambda name, shown: "  ".join([f"{name:<28}"] + [f"{cell:>{width}}" for cell in shown])
-        return "\n".join([title, line("", heads)] + [line(row["name"], cells(row)) for row in results]) + "\n"
-
-    span = lambda c: f"{percent(c['accuracy']):>5} [{percent(c['low']):>5},{percent(c['high']):>5}]" if c else "-"
-    accuracy = lambda split: lambda row: [span(row["splits"][split].get(scope)) for scope in (*data.TASKS, "all")]
-    tasks = [task.replace("_", " ").replace("understanding", "und.").replace("generation", "gen.") for task in data.TASKS] + ["mean"]
-    return "\n".join([
-        part("accuracy % on the test split, both orders, 95% interval", 18, tasks, accuracy("test")),
-        part("accuracy % on colour-shape pairs never trained on", 18, tasks, accuracy("heldout")),
-        part("the reasoning on the test split, % (follows: sums add up and the verdict follows from them)", 12, QUALITY.values(),
-             lambda row: [percent(row["splits"]["test"]["all"].get(key)) for key in QUALITY]),
-        part("generation pairs of which a third are ties, %", 14, [name.replace("_", " ") for name in TIES],
-             lambda row: [percent(row["ties"].get(key)) for key in TIES])])
-
-
-# ------------------------------------------------------------------------------------------------------------------ stage
+    """The stage table as text."""
+    span = lambda c: f"{percent(c['accuracy']):>5} [{percent(c['low']):>5},{percent(c['high']):>5}]" if isinstance(c, dict) else percent(c)
+    parts = []
+    for title, width, heads, lines in report.tables(results).values():
+        rows = [["", *heads]] + [[name, *map(span, cells)] for name, *cells in lines]
+        parts.append("\n".join([title] + ["  ".join([f"{name:<28}"] + [f"{cell:>{width}}" for cell in cells]) for name, *cells in rows]) + "\n")
+    return "\n".join(parts)
 
 
 def after(stage: str, settings: config.Settings, out: Path) -> None:
