@@ -8,13 +8,8 @@ Beside accuracy, for the thinking rows: is the format kept, do the sums add up, 
 facts behind them right, do both orders agree. On the split with ties: diff = accuracy over the pairs that are no tie, tau = plain
 three-way accuracy, tau_calibrated = three-way accuracy when totals closer than the best threshold count as a tie (arXiv 2305.14324).
 
-    python evaluate.py --config small
-    python evaluate.py bench --benchmark vl_rewardbench --path FILES_OR_FOLDER [--model CHECKPOINT] [--mode think|answer] [--out FILE.json]
-    python evaluate.py table runs/seed*              the paper's claims over several seeds (results/claims.py)
-    python evaluate.py votes runs/small              accuracy of 1 to 15 votes, calibration of the vote share (results/votes.py)
-    python evaluate.py compare A.json B.json         two such files, or two of runs/NAME/evaluate/STAGE-MODE.json
-    python evaluate.py judge --task image_generation --prompt "a red square" [--votes K] [--rank] [--json] [--model CHECKPOINT] a.png b.png
-    python evaluate.py judge --task image_understanding --prompt "What is it?" --answer "a square" --answer "a circle" a.png
+    python evaluate.py --config small                        the stage table and the report
+    python evaluate.py bench|compare|judge|table|votes -h    benchmarks, differences, pairs of one's own, several seeds, voting
 """
 
 import argparse
@@ -36,7 +31,7 @@ import distill
 import model as M
 import report
 import stages
-from media import fit_clips, read_image
+from media import fit_clips
 from report import SPLITS, percent
 
 # ---------------------------------------------------------------------------------------------------------------- metrics
@@ -152,9 +147,6 @@ def judge_checkpoint(stage: str, mode: str, settings: config.Settings, out: Path
     return json.loads(mark.read_text())
 
 
-# ------------------------------------------------------------------------------------------------------------------ stage
-
-
 def table(results: list) -> str:
     """The stage table as text."""
     span = lambda c: f"{percent(c['accuracy']):>5} [{percent(c['low']):>5},{percent(c['high']):>5}]" if isinstance(c, dict) else percent(c)
@@ -202,15 +194,13 @@ def group_of(benchmark: str, key: str) -> str:
 
 
 def find_media(value, video: bool, root="", cache: Path | None = None):
-    """An image's path or a video's frames. `value`: a path under `root`, or a parquet file's image, whose bytes go to `cache` once."""
+    """Path of an image or a video. `value`: a path under `root`, or a parquet file's image, whose bytes go to `cache` once."""
     path = cache / hashlib.sha256(value["bytes"]).hexdigest()[:24] if isinstance(value, dict) else Path(root, value)
-    if isinstance(value, dict) and not (path.is_file() and path.stat().st_size == len(value["bytes"])):
+    if isinstance(value, dict) and not path.is_file():
         cache.mkdir(exist_ok=True)
-        path.write_bytes(value["bytes"])
+        config.write_file(path, lambda stream: stream.write(value["bytes"]))
     if video and not path.exists() and path.with_suffix("").is_dir():
         path = path.with_suffix("")  # the frames of x.mp4 may stand in the folder x
-    for file in fit_clips([str(path)])[0] if video else [str(path)]:
-        read_image(file)  # what is missing or unreadable is named now, not after an hour of judging
     return str(path)
 
 
@@ -237,15 +227,12 @@ def read_benchmark(name: str, paths: list, media: str | None = None) -> tuple:
             try:
                 found = [row[next((key for key in keys.split("|") if key in row), keys)] for keys in shown]
                 found = [find_media(value, data.is_video(task), media or file.parent, file.with_suffix(".media")) for value in found]
-                found = fit_clips(found) if data.is_video(task) else found
                 answers = row["response"] if said == "response" else [row[key] for key in said.split("|") if key]
                 prompt, key = re.sub(r"<(?:image|video)>\n?", "", row[asked]), str(row.get("id", ""))
-                empty = not all(text.strip() and text.encode() for text in (prompt, *answers))
-                if empty or said and (len(answers) != 2 or isinstance(answers, str)):
-                    raise ValueError("empty prompt or answer, or there are not two answers")
                 key = f"{key}#{file.name}:{number}" if not key or key in samples else key  # some lists have no ids or repeat one
-                samples[key] = data.Sample(key, task, prompt, found, list(answers), LABELS[str(row[label])] if label else 1)
-            except (KeyError, ValueError, TypeError, AttributeError, OSError, config.UserError) as error:
+                made = {"id": key, "task": task, "prompt": prompt, "media": found, "answers": answers, "label": LABELS[str(row[label])] if label else 1}
+                samples[key] = data.usable(made, file.parent, config.Data(media_within="/"))
+            except (LookupError, ValueError, TypeError, AttributeError, OSError, config.UserError) as error:
                 broken.append(f"{file}, row {number}: {type(error).__name__}: {error}")
     if not samples:
         raise config.UserError(f"{', '.join(paths)}: no row reads as {name}" + "".join(f"; {line}" for line in broken[:1]))
@@ -265,8 +252,8 @@ def benchmark_metrics(rows: list) -> dict:
 
 
 def bench(options) -> None:
-    """Judges a benchmark, each pair in both orders. FILE.jsonl takes the judgements as they are made, and the same command goes on from there;
-    FILE.json has the metrics. Broken rows are named, counted and left out; an unreadable output is wrong."""
+    """Judges a benchmark, each pair in both orders; the same command goes on where it was stopped. FILE.json has the metrics, FILE.jsonl the
+    judgements. Broken rows are named, counted and left out; an unreadable output is wrong."""
     samples, broken = read_benchmark(options.benchmark, options.path, options.media)
     source, style, template, own, load = choose_model(options)
     out = Path(options.out or config.ROOT / "runs" / "bench" / f"{options.benchmark}-{'-'.join(Path(source).parts[-2:])}-{options.mode}.json")
@@ -276,17 +263,12 @@ def bench(options) -> None:
         raise config.UserError(f"{out} is no .json file, or holds results of another model, benchmark or setting; give another --out")
     out.parent.mkdir(parents=True, exist_ok=True)
     config.write_text(out, json.dumps(state, indent=1))
-    kept, ties = out.with_suffix(".jsonl"), any(sample.label == 0 for sample in samples.values())
-    rows = distill.read_replies(kept)
-    done = {row["id"] for row in rows if row["swapped"]} & samples.keys()  # the second order is written last
-    config.wait_for_all()  # all have read what the first may now cut
-    data.write_jsonl(kept, rows := [row for row in rows if row["id"] in done])
-    todo = [sample for key, sample in samples.items() if key not in done]
-    model, processor = load(out.with_suffix(".replies.jsonl")) if todo else (None, None)
-    for k in config.progress(range(0, len(todo), own.batch_rows), options.benchmark):
-        for row in judge(model, processor, todo[k : k + own.batch_rows], options.mode, own, ties, "", (False, True), style, template):
-            rows.append(row | {"group": group_of(options.benchmark, row["id"])})
-            config.log(kept.parent, rows[-1], kept.name)
+    ties = any(sample.label == 0 for sample in samples.values())
+    texts = out.with_suffix(f".{hashlib.sha256(repr(samples).encode()).hexdigest()[:16]}.texts")
+    rows = judge(*load(out.with_suffix(".replies.jsonl")), list(samples.values()), options.mode, own, ties, options.benchmark, (False, True), style,
+                 template, file=texts)
+    rows = [row | {"group": group_of(options.benchmark, row["id"])} for row in rows]
+    data.write_jsonl(out.with_suffix(".jsonl"), rows)
     cells = benchmark_metrics(rows)
     config.write_text(out, json.dumps(state | {"broken": broken, "metrics": cells}, indent=1))
     print("".join(f"left out: {line}\n" for line in broken) + f"{source}, {options.mode}: {len(broken)} broken rows left out; {out}")
