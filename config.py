@@ -274,12 +274,10 @@ say = tqdm.write  # prints a line, above the bar that may be being drawn
 
 def progress(items, label: str):
     """Yields from the sequence `items`: a tqdm bar on a terminal; in a log file, where a bar is unreadable, a line every twenty seconds."""
-    if sys.stderr.isatty() and is_main():
-        yield from tqdm(items, f"   {label}", leave=False, mininterval=0.5)
-        return
-    started = shown = time.time()
-    for done, item in enumerate(items):
-        if time.time() - shown > 20:
+    bar, started = sys.stderr.isatty() and is_main(), time.time()
+    shown = started
+    for done, item in enumerate(tqdm(items, f"   {label}", leave=False, disable=not bar)):
+        if not bar and time.time() - shown > 20:
             shown = time.time()
             left = (shown - started) / done * (len(items) - done)
             print(f"   {label}: {done} of {len(items)}, {shown - started:.0f} s so far, about {left:.0f} s to go", flush=True)

@@ -122,7 +122,7 @@ def judge_checkpoint(stage: str, mode: str, settings: config.Settings, out: Path
     folder.mkdir(parents=True, exist_ok=True)
     kept, mark = folder / f"{stage}-{mode}.jsonl", folder / f"{stage}-{mode}.json"
     state = [stages.made_by(s, out) for s in (stage, "data")] + [config.shaping(settings.evaluate)]
-    if not mark.is_file() or json.loads(mark.read_text())["state"] != state:
+    if stages.read_facts(mark).get("state") != state:
         model, processor = {"url": settings.evaluate.endpoint, "model": stage, "file": folder / "replies.jsonl", "checkpoint": state[0]}, None
         if not settings.evaluate.endpoint or stage not in settings.evaluate.served.split(","):
             model, processor = M.load(stages.checkpoint(stage, settings, out))
