@@ -28,9 +28,6 @@ class UserError(Exception):
     """A mistake of the user's: shown as one line, exit code 2, no traceback."""
 
 
-# --------------------------------------------------------------------------------------------------------------- settings
-
-
 def setting(default, meaning: str, shapes: bool = True, allowed=None):
     """`allowed`: the pattern of a string, or (least, most) of a number; where it is not given, whole numbers begin at 1 and others at 0."""
     return field(default=default, metadata={"help": meaning, "shapes": shapes, "allowed": allowed})

@@ -358,7 +358,7 @@ def write_jsonl(path, rows) -> None:
     config.write_text(Path(path), "".join(lines))
 
 
-# ------------------------------------------------------------------------------------------------------------------ stage
+# ------------------------------------------------------------------------------------------------------- stage and sources
 
 
 def run(stage: str, settings: config.Settings, out: Path) -> str:
@@ -369,9 +369,6 @@ def run(stage: str, settings: config.Settings, out: Path) -> str:
     for split in ["distill", "pool", "test"] + ["heldout", "ties"] * (not settings.data.test):
         counts |= write_sources(split, settings, out) if getattr(settings.data, split, "") else shapes.draw_split(split, settings, out)
     return ", ".join(f"{split} {count}" for split, count in counts.items()) + " pairs"
-
-
-# ---------------------------------------------------------------------------------------------------------------- sources
 
 
 def pick(rows: list, strategy: str, rng) -> list:

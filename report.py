@@ -1,8 +1,5 @@
 """The report: a run folder as one HTML file that opens anywhere, without network and without a server.
 
-It says what every stage reported, how well each checkpoint judges and reasons, how the training went, and lets the reader leaf through
-judged pairs with what every stage said about them side by side.
-
 Captions, answers and model text are somebody else's: in the markup they are escaped; to the script they go as JSON in which every "<"
 is escaped, and it shows them as text nodes only; the page's policy lets no other script run and nothing be loaded.
 
@@ -14,11 +11,11 @@ import hashlib
 import io
 import json
 import math
+import random
 import string
 import sys
 import textwrap
 from html import escape
-from itertools import zip_longest
 from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageOps
@@ -163,12 +160,10 @@ def verdict(task: str, answer: int | None, otherwise: str = "unreadable") -> str
 
 
 def choose_pairs(samples: dict, judged: list) -> list:
-    """[(split, id)] of judged pairs, tasks and splits taking turns, and within each first the pairs on which stages disagree."""
+    """[(split, id)] of judged pairs: first those on which stages disagree; tasks and splits are mixed."""
     keys = [key for key in samples if any(key in rows for rows in judged)]
     agree = {key: len({rows[key]["answer"] for rows in judged if key in rows}) == 1 for key in keys}
-    interleave = lambda lists: [item for items in zip_longest(*lists) for item in items if item is not None]
-    group = lambda task, split: sorted((key for key in keys if key[0] == split and samples[key].task == task), key=agree.get)
-    return interleave(interleave(group(task, split) for split in SPLITS) for task in data.TASKS)
+    return sorted(random.Random(0).sample(keys, len(keys)), key=agree.get)
 
 
 def browser_data(out: Path, results: list) -> dict:
@@ -190,9 +185,6 @@ def browser_data(out: Path, results: list) -> dict:
             break
     full = next((k for k, row in enumerate(results) if (row["stage"], row["mode"]) == ("grpo", "think")), len(results) - 1)
     return {"stages": [row["name"] for row in results], "full": full, "pairs": pairs, "of": len(chosen)}
-
-
-# ------------------------------------------------------------------------------------------------------------------- page
 
 
 def write(out: Path) -> Path:

@@ -233,7 +233,7 @@ def run_stages(default_stage: str, arguments: list) -> None:
                 importlib.import_module("evaluate").after(step, settings, out)
         if explaining:
             return importlib.import_module("explain").explain(stage, settings, out)
-    ready = f"\n{(out / 'evaluate' / 'table.txt').read_text()}\nreport: {out / 'evaluate' / 'report.html'}" if whole else ""
-    print(ready or f"{stage} is ready in {out / stage}")
+    table, page = out / "evaluate" / "table.txt", out / "evaluate" / "report.html"
+    print(f"\n{table.read_text()}\nreport: {page}" if whole else f"{stage} is ready in {out / stage}")
 
 
