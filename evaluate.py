@@ -201,7 +201,7 @@ def find_media(value, video: bool, root="", cache: Path | None = None):
         config.write_file(path, lambda stream: stream.write(value["bytes"]))
     if video and not path.exists() and path.with_suffix("").is_dir():
         path = path.with_suffix("")  # the frames of x.mp4 may stand in the folder x
-    return str(path)
+    return str(path.absolute())
 
 
 def benchmark_rows(file: Path):
@@ -230,7 +230,8 @@ def read_benchmark(name: str, paths: list, media: str | None = None) -> tuple:
                 answers = row["response"] if said == "response" else [row[key] for key in said.split("|") if key]
                 prompt, key = re.sub(r"<(?:image|video)>\n?", "", row[asked]), str(row.get("id", ""))
                 key = f"{key}#{file.name}:{number}" if not key or key in samples else key  # some lists have no ids or repeat one
-                made = {"id": key, "task": task, "prompt": prompt, "media": found, "answers": answers, "label": LABELS[str(row[label])] if label else 1}
+                better = LABELS[str(row[label])] if label else 1
+                made = {"id": key, "task": task, "prompt": prompt, "media": found, "answers": answers, "label": better}
                 samples[key] = data.usable(made, file.parent, config.Data(media_within="/"))
             except (LookupError, ValueError, TypeError, AttributeError, OSError, config.UserError) as error:
                 broken.append(f"{file}, row {number}: {type(error).__name__}: {error}")

@@ -29,7 +29,8 @@ def run(stage: str, settings: config.Settings, folder: Path) -> str:
         model, processor = M.load(stages.checkpoint("cold_start", settings, out))
         rng = random.Random(f"{settings.run.seed}/rejection")
         prompts, seeds = [data.build_prompt(sample, "think") for sample in samples], [rng.getrandbits(32) for _ in samples]
-        texts = distill.generate_texts(model, processor, prompts, own, data.THINK, 1, own.temperature, seeds, "judging the pool", folder / "texts.jsonl")
+        texts = distill.generate_texts(model, processor, prompts, own, data.THINK, 1, own.temperature, seeds, "judging the pool",
+                                       folder / "texts.jsonl")
     correct, wrong, counts = [], [], {task: {"pairs": 0, "correct": 0, "malformed": 0} for task in data.TASKS}
     for sample, text in zip(samples, texts):
         verdict = data.parse_verdict(text, sample.task)
