@@ -57,6 +57,13 @@ def made_by(stage: str, out: Path) -> str | None:
     return read_facts(out / stage / "done.json").get("id")
 
 
+def checkpoint(stage: str, settings: Settings, out: Path) -> str:
+    """Path of the weights a stage ended with. The base may be one that was not trained here."""
+    if stage != "base" or settings.base.rebuild or not settings.model.path:
+        return str(out / stage)
+    return str(ROOT / settings.model.path) if (ROOT / settings.model.path).is_dir() else settings.model.path
+
+
 def made_of(stage: str, settings: Settings, out: Path) -> dict:
     """What decides the result of a stage, by name: its settings, which runs of the stages it reads, and the rows that these wrote."""
     _, inputs, sections = STAGES[stage]
@@ -129,6 +136,9 @@ def do_stage(stage: str, settings: Settings, out: Path, command: str, anew: bool
     print(f"   {made} ({facts['seconds']:.0f} s) -> {folder}", flush=True)
 
 
+# --------------------------------------------------------------------------------------------------------- the entry point
+
+
 def join_processes() -> None:
     """Under torchrun, lets the processes find each other; only the first one prints."""
     if world()[1] == 1:
@@ -148,13 +158,6 @@ def give_up(error: str) -> None:
     if world()[1] == 1 or distributed().distributed_c10d._get_default_store().add(error, 1) == 1:
         print(f"error: {error}", file=sys.stderr, flush=True)
     sys.exit(2)
-
-
-def checkpoint(stage: str, settings: Settings, out: Path) -> str:
-    """Path of the weights a stage ended with. The base may be one that was not trained here."""
-    if stage != "base" or settings.base.rebuild or not settings.model.path:
-        return str(out / stage)
-    return str(ROOT / settings.model.path) if (ROOT / settings.model.path).is_dir() else settings.model.path
 
 
 def main(default_stage: str, commands=None) -> None:
