@@ -1,48 +1,33 @@
-"""Settings, run folders and the chain of stages: the plumbing every script shares.
+"""The settings, and the small tools that every script shares: files written whole or not at all, and the work of several processes.
 
-    python SCRIPT.py --config NAME [--section.key value ...] [--stage STAGE] [--out DIR] [--force]
-
-`NAME` is configs/NAME.toml or a path. A settings file has one section per stage and states only what differs from the paper's values,
-which are the defaults below. Every stage writes runs/NAME/STAGE/; running one first runs the stages before it whose output is missing
-or was made with other settings or rows, and prints the command for each.
+A settings file, configs/NAME.toml, has one section per stage and states only what differs from the paper's values, which are the defaults
+below; `--section.key value` on the command line goes before it.
 """
 
 import dataclasses
 import difflib
-import fcntl
-import hashlib
 import importlib
 import json
 import os
 import re
-import shutil
-import signal
 import sys
 import time
 import tomllib
-import traceback
 from dataclasses import dataclass, field
-from datetime import timedelta
 from pathlib import Path
 
-from safetensors import SafetensorError
+from tqdm import tqdm
 
 # How long torch's threads wait for each other awake, some 0.1 ms. Asleep at once, two were hardly faster than one here; awake for longer, they
 # are several times slower beside another busy process, which has the core that one of them waits for.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("GOMP_SPINCOUNT", "3000")
 ROOT = Path(__file__).resolve().parent
-distributed = lambda: importlib.import_module("torch.distributed")  # torch is imported late: --help and a mistyped setting answer at once
-is_main = lambda: world()[0] == 0  # under torchrun only the first process writes files and prints
-wait_for_all = lambda: gather([])  # what one process has written is there for all from here on
 NAME, URL, STAGE = "[A-Z0-9_]*", r"https?://[^\s/@?#]+(/[^\s@?#]*)?", "(base|cold_start|rejection_sft|direct_sft|grpo|grpo_direct)"  # of settings
 
 
 class UserError(Exception):
     """A mistake of the user's: shown as one line, exit code 2, no traceback."""
-
-
-# --------------------------------------------------------------------------------------------------------------- settings
 
 
 def setting(default, meaning: str, shapes: bool = True, allowed=None):
@@ -161,7 +146,8 @@ class Rejection(Server):
 @dataclass
 class GRPO(Learning):
     mode: str = setting("think", "think or answer (the control without chain of thought)", allowed="think|answer")
-    start: str = setting("rejection_sft", "what is trained: base, cold_start, rejection_sft, direct_sft", allowed="base|cold_start|(rejection|direct)_sft")
+    start: str = setting("rejection_sft", "what is trained: base, cold_start, rejection_sft, direct_sft",
+                         allowed="base|cold_start|(rejection|direct)_sft")
     data: str = setting("wrong", "trained on: wrong (what the judge got wrong: the paper), correct, or pool (all)", allowed="wrong|correct|pool")
     random_order: bool = setting(False, "turn each drawn pair round with probability 1/2: what one judge got wrong has more labels on one side")
     steps: int = setting(500, "rollouts, each followed by updates_per_rollout optimiser steps")
@@ -248,234 +234,6 @@ def load_settings(config: str, overrides: list) -> Settings:
     return settings
 
 
-# ----------------------------------------------------------------------------------------------------------------- stages
-
-STAGES = {  # name: (script, stages whose output it reads, sections that shape its output)
-    "data": ("data", [], ["data"]),
-    "base": ("sft", [], ["model", "base"]),
-    "distill": ("distill", ["data"], ["distill"]),
-    "cold_start": ("sft", ["base", "distill"], ["cold_start"]),
-    "rejection": ("rejection", ["data", "cold_start"], ["rejection"]),
-    "rejection_sft": ("sft", ["cold_start", "rejection"], ["rejection_sft"]),
-    "direct_sft": ("sft", ["base", "rejection"], ["direct_sft"]),
-    "grpo": ("grpo", ["rejection_sft", "rejection", "data"], ["grpo"]),
-    "grpo_direct": ("grpo", ["base", "data"], ["grpo_direct"]),
-    "evaluate": ("evaluate", ["data", "base", "direct_sft", "grpo_direct", "cold_start", "rejection_sft", "grpo"], ["evaluate"]),
-}
-ROWS = [  # of the stage table, the paper's and one control: (name, checkpoint, mode)
-    ("base, direct answer", "base", "answer"), ("+ SFT on bare verdicts", "direct_sft", "answer"), ("+ GRPO without CoT", "grpo_direct", "answer"),
-    ("+ cold start", "cold_start", "think"), ("+ rejection sampling", "rejection_sft", "think"), ("+ GRPO (full)", "grpo", "think"),
-    ("full, answered without CoT", "grpo", "answer")]
-
-
-def read_facts(file: Path) -> dict:
-    """What a done.json or begun.json says; empty where it is missing or damaged."""
-    try:
-        return dict(json.loads(file.read_text(encoding="utf-8")))
-    except (FileNotFoundError, ValueError, TypeError):
-        return {}
-
-
-def made_by(stage: str, out: Path) -> str | None:
-    """Names the run of a stage that its folder holds; None if it is not finished. A repeated stage gets a new name."""
-    return read_facts(out / stage / "done.json").get("id")
-
-
-def made_of(stage: str, settings: Settings, out: Path) -> dict:
-    """What decides the result of a stage, by name: its settings, which runs of the stages it reads, and the rows that these wrote."""
-    _, inputs, sections = STAGES[stage]
-    facts = {f"{section}.{key}": value for section in sections for key, value in shaping(getattr(settings, section)).items()}
-    rows = {f"{s}/{file.name}": hashlib.sha256(file.read_bytes()).hexdigest()[:16] for s in inputs for file in (out / s).glob("*.jsonl")}
-    return facts | rows | {"run.seed": settings.run.seed} | {s: made_by(s, out) for s in inputs}
-
-
-def is_done(stage: str, settings: Settings, out: Path) -> bool:
-    """Finished, with these settings, from what its inputs hold now."""
-    return read_facts(out / stage / "done.json").get("made_of") == made_of(stage, settings, out)
-
-
-def plan(targets: list) -> list:
-    """The stages to have for `targets`, each after the ones it reads."""
-    return list(dict.fromkeys(stage for target in targets for stage in plan(STAGES[target][1]) + [target]))
-
-
-def begin(stage: str, settings: Settings, folder: Path, again: str, anew: bool) -> None:
-    """Readies the folder of a stage. What was stopped is gone on with, if it is made of the same; else all goes, but for replies of a server."""
-    threads = importlib.import_module("torch").get_num_threads()
-    facts = made_of(stage, settings, folder.parent) | {"processes that share the weights": world()[1] if settings.run.shard else 1}
-    worth_it = any(folder.glob("*.state")) or (folder / "texts.jsonl").is_file()  # else a corrected mistake would be taken for a change
-    begun = read_facts(folder / "begun.json") if worth_it and not anew and not made_by(stage, folder.parent) else {}
-    was = begun.get("made_of", facts)
-    if changed := [f"{key} was {was.get(key)}, is {facts.get(key)}" for key in was | facts if was.get(key) != facts.get(key)]:
-        raise UserError(f"{folder} was begun otherwise: {'; '.join(changed)}. Put that back, or begin anew: {again} --force")
-    if begun.get("threads", threads) != threads:
-        print(f"   was begun with {begun['threads']} threads, goes on with {threads}: sums may differ in their last bits", flush=True)
-    kept, going_on = ["replies.jsonl"] + ["begun.json", "texts.jsonl"] * bool(begun), begun and any(folder.glob("*.0.state"))
-    for item in sorted(folder.iterdir(), key=lambda item: item.name != "begun.json"):  # that first: what is half removed is not gone on with
-        if item.suffix == ".tmp" or not going_on and item.name not in kept:
-            shutil.rmtree(item) if item.is_dir() else item.unlink()
-    write_text(folder / "begun.json", json.dumps({"made_of": facts, "threads": threads}))
-
-
-def tidy(folder: Path) -> None:
-    """Deletes what only an unfinished stage needs."""
-    for file in [*folder.glob("*.state"), folder / "texts.jsonl", folder / "begun.json"] if is_main() else []:
-        file.unlink(missing_ok=True)
-
-
-def do_stage(stage: str, settings: Settings, out: Path, command: str, anew: bool = False) -> None:
-    """Runs one stage, from its start or from where it was stopped; done.json, written last, makes it count."""
-    (script, _, sections), torch = STAGES[stage], importlib.import_module("torch")
-    started, folder, again, facts = time.time(), out / stage, f"python {script}.py {command} --stage {stage}", made_of(stage, settings, out)
-    print(f"\n== {stage}: {again}", flush=True)
-    folder.mkdir(parents=True, exist_ok=True)
-    if settings.run.threads:
-        torch.set_num_threads(settings.run.threads)
-    if is_main() and stage != "evaluate":  # evaluate keeps its judgements and knows which of them are still valid
-        begin(stage, settings, folder, again, anew)
-    elif is_main() and anew:  # evaluate --force judges again
-        for mark in folder.glob("*-*.json"):
-            mark.unlink()
-    wait_for_all()
-    torch.manual_seed(int.from_bytes(hashlib.sha256(f"{settings.run.seed}/{stage}".encode()).digest()[:4], "big"))
-    made = importlib.import_module(script).run(stage, settings, folder)
-    for file in filter(Path.is_file, folder.iterdir()):
-        flush(file)  # rows and weights are on the disk before done.json says so
-    facts = {"id": f"{stage} {time.time_ns()}", "made": made, "seconds": round(time.time() - started, 1), "made_of": facts,
-             "settings": {section: dataclasses.asdict(getattr(settings, section)) for section in ["run", *sections]}}
-    write_text(folder / "done.json", json.dumps(facts, indent=1))
-    wait_for_all()
-    tidy(folder)
-    print(f"   {made} ({facts['seconds']:.0f} s) -> {folder}", flush=True)
-
-
-def world() -> tuple:
-    """(rank, processes), as torchrun says, on however many machines; they share the run folder."""
-    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-
-
-def join_processes() -> None:
-    if world()[1] == 1:
-        return
-    if gpu := importlib.import_module("torch").cuda.is_available():
-        importlib.import_module("torch").cuda.set_device(int(os.environ["LOCAL_RANK"]))  # what "cuda" means from here on
-    # One may wait for hours while another asks a teacher; a process that dies is torchrun's to notice, and it ends the others.
-    distributed().init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo", timeout=timedelta(days=7))
-    if not is_main():
-        sys.stdout = open(os.devnull, "w")
-
-
-def give_up(error: str) -> None:
-    """Ends this process; torchrun then ends the others. What several processes meet is said once, by the first."""
-    if world()[1] == 1 or distributed().distributed_c10d._get_default_store().add(error, 1) == 1:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-    sys.exit(2)
-
-
-def share(items):
-    """This process's part of what there is to do, of a list or the rows of a tensor: every n-th, since neighbours are alike in cost."""
-    return items[world()[0] :: world()[1]]
-
-
-def gather(made: list) -> list:
-    """One result for each item of this process's `share` -> the results for all items, in their order, in every process."""
-    parts = [made] * world()[1]
-    if len(parts) > 1:
-        distributed().all_gather_object(parts, made)
-    return [parts[k % len(parts)][k // len(parts)] for k in range(sum(map(len, parts)))]
-
-
-def checkpoint(stage: str, settings: Settings, out: Path) -> str:
-    """Path of the weights a stage ended with. The base may be one that was not trained here."""
-    if stage != "base" or settings.base.rebuild or not settings.model.path:
-        return str(out / stage)
-    return str(ROOT / settings.model.path) if (ROOT / settings.model.path).is_dir() else settings.model.path
-
-
-def one_line(text) -> str:
-    """`text` as it can stand in a terminal: no line breaks, control characters or halves of characters, which a file's name or a row may hold."""
-    return "".join(c if c.isprintable() else " " for c in " ".join(str(text).split()))[:2000]
-
-
-def main(default_stage: str, commands=None) -> None:
-    """Entry point of every script: runs a command, {its name: function of the arguments after it}, or the stage and what it needs. A mistake of the
-    user's and a fault of the machine's disk or memory are one line on stderr; --debug shows where they came up."""
-    arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
-    after = "; what was made is kept, and the same command goes on"
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        join_processes()
-        commands[arguments[0]](arguments[1:]) if arguments and arguments[0] in (commands or {}) else run_stages(default_stage, arguments)
-        if world()[1] > 1:  # unasked, the threads of gloo may abort a process that exits
-            wait_for_all()
-            distributed().destroy_process_group()
-    except KeyboardInterrupt:
-        print("" if not is_main() else f"\ninterrupted{after}" + " without --force" * ("--force" in arguments), file=sys.stderr, flush=True)
-        sys.exit(130)
-    except (UserError, OSError, MemoryError, RuntimeError, SafetensorError, UnicodeEncodeError) as error:
-        said = str(error) or type(error).__name__
-        if isinstance(error, (RuntimeError, MemoryError)):  # torch has no other word for these two
-            if not (kind := re.search(r"(?i)(MemoryError|allocate|out of memory)|gloo|nccl|connection (closed|reset)", type(error).__name__ + said)):
-                raise
-            said = "out of memory: lower micro_tokens (SFT), micro_prompts (GRPO) or batch_rows" if kind[1] else "another process has ended"
-        if "--debug" in sys.argv:
-            traceback.print_exc()
-        give_up(one_line(said) + ("" if isinstance(error, UserError) else f"{after} (--debug says where this was)"))
-
-
-def run_stages(default_stage: str, arguments: list) -> None:
-    import __main__
-
-    options, overrides = {}, []
-    words = iter([word for argument in arguments for word in argument.split("=", 1 if argument.startswith("--") else 0)])
-    for name in words:
-        if name in ("-h", "--help", "--force", "--explain"):
-            options[name] = True
-        elif not name.startswith("--"):
-            raise UserError(f"unexpected argument {name!r}; settings are given as --section.key value")
-        elif "." not in name and name not in ("--config", "--stage", "--out"):
-            raise UserError(f"unknown option {name}; options are --config, --stage, --out, --force, --explain, --help, --debug and --section.key")
-        elif (value := next(words, None)) is None:
-            raise UserError(f"{name} needs a value")
-        else:
-            overrides.append((name[2:], value)) if "." in name else options.update({name: value})
-    if "--help" in options or "-h" in options:
-        lines = [__main__.__doc__.strip(), "", "settings (section.key = default: meaning)"]
-        for section in dataclasses.fields(Settings):
-            values = section.default_factory()
-            lines += [""] + [f"  --{section.name}.{f.name} = {getattr(values, f.name)!r}: {f.metadata['help']}" for f in dataclasses.fields(values)]
-        return print("\n".join(lines))
-    if "--config" not in options:
-        raise UserError("say which settings: --config small (or a path to a .toml file); --help lists everything")
-    stage = options.get("--stage", default_stage)
-    if stage not in (allowed := [name for name, entry in STAGES.items() if entry[0] == STAGES[default_stage][0]]):
-        raise UserError(f"--stage {stage}: {STAGES[default_stage][0]}.py runs {', '.join(allowed)}")
-    settings = load_settings(options["--config"], overrides)
-    importlib.import_module("media").limits = settings.data
-    out = Path(options.get("--out", ROOT / "runs" / Path(options["--config"]).stem)).resolve()
-    command = " ".join([f"--config {options['--config']}"] + [f"--{n} {v}" for n, v in overrides] + ([f"--out {options['--out']}"] if "--out" in options else []))
-    whole = stage in ("grpo", "evaluate")  # the last stages of the paper: end with the table
-    if (explaining := "--explain" in options) and STAGES[stage][0] not in ("sft", "rejection", "grpo"):
-        raise UserError(f"--explain is for sft.py, rejection.py and grpo.py, not for {stage}")
-    out.mkdir(parents=True, exist_ok=True)
-    with open(out / f"lock{os.environ.get('RANK', '0')}", "w") as lock:  # the system lets go of it when the process ends, however that ends
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"another process is at work in {out}: wait for it, or give another --out")
-        for step in plan(STAGES[stage][1] if explaining else ["data", stage, "evaluate"] if whole else [stage]):
-            if not is_done(step, settings, out) or ("--force" in options and step == stage):
-                do_stage(step, settings, out, command, "--force" in options and step == stage)
-            else:
-                tidy(out / step)  # it may have been killed when it was done and its states were still there
-            if whole and not explaining:  # a chain that takes minutes shows early what each stage did
-                importlib.import_module("evaluate").after(step, settings, out)
-        if explaining:
-            return importlib.import_module("explain").explain(stage, settings, out)
-    ready = f"\n{(out / 'evaluate' / 'table.txt').read_text()}\nreport: {out / 'evaluate' / 'report.html'}" if whole else ""
-    print(ready or f"{stage} is ready in {out / stage}")
-
-
 # ------------------------------------------------------------------------------------------------------------- small tools
 
 
@@ -517,20 +275,46 @@ def log(folder: Path, row: dict, file: str = "metrics.jsonl") -> None:
         stream.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 
-def say(line: str) -> None:
-    """Prints a line, above the bar that may be being drawn."""
-    importlib.import_module("tqdm").tqdm.write(line) if is_main() else None
+say = tqdm.write  # prints a line, above the bar that may be being drawn
 
 
 def progress(items, label: str):
     """Yields from the sequence `items`: a tqdm bar on a terminal; in a log file, where a bar is unreadable, a line every twenty seconds."""
-    if sys.stderr.isatty() and is_main():
-        yield from importlib.import_module("tqdm").tqdm(items, f"   {label}", leave=False, mininterval=0.5)
-        return
-    started = shown = time.time()
-    for done, item in enumerate(items):
-        if time.time() - shown > 20:
+    bar, started = sys.stderr.isatty() and is_main(), time.time()
+    shown = started
+    for done, item in enumerate(tqdm(items, f"   {label}", leave=False, disable=not bar)):
+        if not bar and time.time() - shown > 20:
             shown = time.time()
             left = (shown - started) / done * (len(items) - done)
             print(f"   {label}: {done} of {len(items)}, {shown - started:.0f} s so far, about {left:.0f} s to go", flush=True)
         yield item
+
+
+def one_line(text) -> str:
+    """`text` as it can stand in a terminal: no line breaks, control characters or halves of characters, which a file's name or a row may hold."""
+    return "".join(c if c.isprintable() else " " for c in " ".join(str(text).split()))[:2000]
+
+
+# --------------------------------------------------------------------------------------------------------------- processes
+
+distributed = lambda: importlib.import_module("torch.distributed")  # torch is imported late: --help and a mistyped setting answer at once
+is_main = lambda: world()[0] == 0  # under torchrun only the first process writes files and prints
+wait_for_all = lambda: gather([])  # what one process has written is there for all from here on
+
+
+def world() -> tuple:
+    """(rank, processes), as torchrun says, on however many machines; they share the run folder."""
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
+def share(items):
+    """This process's part of what there is to do, of a list or the rows of a tensor: every n-th, since neighbours are alike in cost."""
+    return items[world()[0] :: world()[1]]
+
+
+def gather(made: list) -> list:
+    """One result for each item of this process's `share` -> the results for all items, in their order, in every process."""
+    parts = [made] * world()[1]
+    if len(parts) > 1:
+        distributed().all_gather_object(parts, made)
+    return [parts[k % len(parts)][k // len(parts)] for k in range(sum(map(len, parts)))]

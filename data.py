@@ -23,6 +23,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import config
+import stages
 from media import fit_clips, read_image
 
 # ------------------------------------------------------------------------------------------------------------------ tasks
@@ -140,7 +141,6 @@ def steps_text(task: str, dimensions, steps) -> str:
     return f"Compare {noun} 1 and {noun} 2 on {', '.join(dimensions)}. Steps: {', '.join(steps)}."
 
 
-
 def fill_template(template: str, sample: Sample, mode: str) -> str:
     """A prompt text of the user's own (--prompt-file) for one pair, to be its `problem`: it follows the media and replaces all other text."""
     values = {"noun": candidate_noun(sample.task), "prompt": sample.prompt, "dimensions": ", ".join(DIMENSIONS[sample.task]),
@@ -191,6 +191,7 @@ class Verdict:
 
 
 INSIDE = r"(?:(?!</?(?:think|answer)>).)*"  # text without tags
+# The whole text: one non-empty think block without tags inside, white space, one answer block, and nothing else.
 FORMAT = re.compile(rf"<think>(?!\s*</think>){INSIDE}</think>\s*<answer>{INSIDE}</answer>", re.DOTALL)
 HEADING = re.compile(r"(?:^|(?<=\s))\d{1,2}\. {0,3}\**([A-Za-z][A-Za-z &/-]{1,60}?)\** {0,3}:")
 NUMBER = r"\d{1,3}(?:\.\d)?"
@@ -207,16 +208,11 @@ def parse_answer(text: str, task: str) -> int | None:
     return verdict_strings(task).get(block.group(1).strip()) if block else None
 
 
-def parse_format(text: str) -> bool:
-    """The whole text is one non-empty think block without tags inside, white space, one answer block, and nothing else."""
-    return FORMAT.fullmatch(text) is not None
-
-
 def parse_verdict(text: str, task: str) -> Verdict:
     """Reads a judgement. Scores are bound to the candidate *named* before them, never to position: candidates may swap places within a
     dimension, stand on lines of their own, and dimensions may be added. A dimension that scores a candidate twice is left out."""
     noun = candidate_noun(task)
-    answer, format_ok = parse_answer(text, task), parse_format(text)
+    answer, format_ok = parse_answer(text, task), FORMAT.fullmatch(text) is not None
     thought, _, closing = text.partition("</think>")[0].rpartition(THINK)[2].partition("Total score")
     scores, reasons = {}, {}
     pieces = HEADING.split(thought)  # what stands before the first heading, then headings and items by turns
@@ -313,7 +309,6 @@ def row_sample(row: dict, root: Path) -> Sample:
     return Sample(str(row.get("id", "")), task, *parts, label, known.get("scores", {}), known.get("reasons", {}), problem, known["response"])
 
 
-
 def read_rows(path, read, choose=None, bad: list | None = None, label: str = "") -> list:
     """[read(row, folder of the file)] of a JSON lines file or a JSON list. `choose` picks among the rows; `bad` takes what is wrong with which
     line of the file, without it the first such row is fatal."""
@@ -363,7 +358,7 @@ def write_jsonl(path, rows) -> None:
     config.write_text(Path(path), "".join(lines))
 
 
-# ------------------------------------------------------------------------------------------------------------------ stage
+# ------------------------------------------------------------------------------------------------------- stage and sources
 
 
 def run(stage: str, settings: config.Settings, out: Path) -> str:
@@ -374,9 +369,6 @@ def run(stage: str, settings: config.Settings, out: Path) -> str:
     for split in ["distill", "pool", "test"] + ["heldout", "ties"] * (not settings.data.test):
         counts |= write_sources(split, settings, out) if getattr(settings.data, split, "") else shapes.draw_split(split, settings, out)
     return ", ".join(f"{split} {count}" for split, count in counts.items()) + " pairs"
-
-
-# ---------------------------------------------------------------------------------------------------------------- sources
 
 
 def pick(rows: list, strategy: str, rng) -> list:
@@ -435,4 +427,4 @@ def write_sources(split: str, settings: config.Settings, out: Path) -> dict:
 
 
 if __name__ == "__main__":
-    config.main("data", {"inspect": lambda arguments: config.importlib.import_module("report").inspect(arguments)})
+    stages.main("data", {"inspect": lambda arguments: config.importlib.import_module("report").inspect(arguments)})

@@ -28,6 +28,7 @@ import openai
 import config
 import data
 import model as M
+import stages
 from media import read_image
 
 
@@ -117,15 +118,22 @@ def read_replies(file: Path) -> list:
     return data.read_jsonl(file)
 
 
-def generate_kept(file: Path | None, model, processor, prompts: list, own, seeds=None, label: str = "", **how) -> list:
-    """M.generate_texts where nothing is served: four batches' worth of prompts at a time, whose texts are then in `file`, a line for them all. What
-    is there already is not sampled again. The file belongs to these prompts, seeds and settings: whoever names it sees to that."""
+def generate_texts(model, processor, prompts: list, own, prefix: str = "", group_size: int = 1, temperature: float = 0.0, seeds=None,
+                   label: str = "", file: Path | None = None) -> list:
+    """Where nothing is served: `prefix` and what M.generate writes after it to prompts given as content parts. Four batches' worth of them at
+    a time, dealt out to the processes: the pixels of 100,000 pairs of 512 x 512 are a terabyte. Their texts are then in `file`, a line for them all,
+    and what is there already is not sampled again. The file belongs to these prompts, seeds and settings: whoever names it sees to that."""
     texts, size = [text for row in read_replies(file) for text in row["texts"]] if file else [], 4 * own.batch_rows
     config.wait_for_all()  # all have read what the first will now add to
-    for k in range(len(texts) // how.get("group_size", 1), len(prompts), size):
+    seeds = seeds or range(len(prompts))
+    for k in range(len(texts) // group_size, len(prompts), size):
         place = f", from {k} of {len(prompts)}" if label and len(prompts) > size else ""
-        some = M.generate_texts(model, processor, prompts[k : k + size], max_new_tokens=own.max_new_tokens, batch_rows=own.batch_rows,
-                                seeds=(seeds or range(len(prompts)))[k : k + size], label=label + place, **how)
+        encoded = [M.encode(processor, model, parts, prefix) for parts in config.share(prompts[k : k + size])]
+        made = M.generate(model, processor, encoded, group_size, own.max_new_tokens, temperature, own.batch_rows,
+                          config.share(seeds[k : k + size]), label + place)
+        some = [prefix + processor.text(ids[:length]) for ids, length in zip(made.ids, made.lengths)]
+        groups = config.gather([some[row : row + group_size] for row in range(0, len(some), group_size)])
+        some = [text for group in groups for text in group]
         if file:
             config.log(file.parent, {"texts": some}, file.name)
         texts += some
@@ -214,4 +222,4 @@ def message_parts(parts: list, max_side: int, trained_here: bool) -> list:
 
 
 if __name__ == "__main__":
-    config.main("distill")
+    stages.main("distill")

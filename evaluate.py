@@ -8,13 +8,8 @@ Beside accuracy, for the thinking rows: is the format kept, do the sums add up, 
 facts behind them right, do both orders agree. On the split with ties: diff = accuracy over the pairs that are no tie, tau = plain
 three-way accuracy, tau_calibrated = three-way accuracy when totals closer than the best threshold count as a tie (arXiv 2305.14324).
 
-    python evaluate.py --config small
-    python evaluate.py bench --benchmark vl_rewardbench --path FILES_OR_FOLDER [--model CHECKPOINT] [--mode think|answer] [--out FILE.json]
-    python evaluate.py table runs/seed*              the paper's claims over several seeds (results/claims.py)
-    python evaluate.py votes runs/small              accuracy of 1 to 15 votes, calibration of the vote share (results/votes.py)
-    python evaluate.py compare A.json B.json         two such files, or two of runs/NAME/evaluate/STAGE-MODE.json
-    python evaluate.py judge --task image_generation --prompt "a red square" [--votes K] [--rank] [--json] [--model CHECKPOINT] a.png b.png
-    python evaluate.py judge --task image_understanding --prompt "What is it?" --answer "a square" --answer "a circle" a.png
+    python evaluate.py --config small                        the stage table and the report
+    python evaluate.py bench|compare|judge|table|votes -h    benchmarks, differences, pairs of one's own, several seeds, voting
 """
 
 import argparse
@@ -35,8 +30,9 @@ import data
 import distill
 import model as M
 import report
-from media import fit_clips, read_image
-from report import QUALITY, SPLITS, TIES, percent
+import stages
+from media import fit_clips
+from report import SPLITS, percent
 
 # ---------------------------------------------------------------------------------------------------------------- metrics
 
@@ -59,8 +55,8 @@ def pair_scores(rows: list, value=lambda row: row["answer"] == row["label"]) -> 
 
 def summarise(rows: list) -> dict:
     """Metrics of the judgements of one task (or of all) on one split."""
-    right, by_pair = [row["answer"] == row["label"] for row in rows], np.array(list(pair_scores(rows).values()))
-    share, flip = lambda values: round(float(np.mean(list(values))), 4), {1: 2, 2: 1}
+    by_pair, flip = np.array(list(pair_scores(rows).values())), {1: 2, 2: 1}
+    share = lambda values: round(float(np.mean(list(values))), 4)
     made = {"accuracy": share(by_pair), **interval(by_pair), "pairs": len(by_pair), "unreadable": share(row["answer"] is None for row in rows),
             "first_chosen": share(row["answer"] == 1 for row in rows)}
     given, turned = ({row["id"]: row["answer"] for row in rows if row["swapped"] == swapped} for swapped in (False, True))
@@ -70,8 +66,6 @@ def summarise(rows: list) -> dict:
         made |= {name: share(row[name] for row in rows) for name in ("format_ok", "sums_ok", "consistent")}
         if all(row["scores_right"] is not None for row in rows):  # the truth is known in the small world only
             made |= {name: share(row[name] for row in rows) for name in ("scores_right", "facts_right")}
-            made["right_verdict_wrong_reasoning"] = share(ok and row["scores_right"] < 1 for row, ok in zip(rows, right))
-            made["wrong_verdict_right_reasoning"] = share(not ok and row["scores_right"] == 1 for row, ok in zip(rows, right))
     return made
 
 
@@ -96,17 +90,16 @@ def judge(model, processor, samples: list, mode: str, own: config.Evaluate, allo
           style: str = "short", template: str = "", votes: int = 0, file: Path | None = None) -> list:
     """Judges each of `samples` in each of `orders` (False: as given, True: swapped, where it can be), greedily or `votes` times at temperature 1;
     one row per judgement, those of a sample together. `template` replaces the text of the prompt. Without a processor `model` is the server:
-    arguments of distill.ask, which answers once. `file` keeps the texts, see distill.generate_kept."""
-    prefix, repeats = data.THINK if mode == "think" else "", votes or 1
+    arguments of distill.ask, which answers once. `file` keeps the texts, see distill.generate_texts."""
     asked = [(s.swapped() if swapped else s, swapped) for s in samples for swapped in orders if s.turns or not swapped]
     shown = [config.dataclasses.replace(s, problem=data.fill_template(template, s, mode)) if template else s for s, _ in asked]
     if processor is None:
         texts = [reply["text"] for reply in distill.ask(shown, own, **model, mode=mode, allow_tie=allow_tie, label=label or "asking")]
     else:
-        texts = distill.generate_kept(file, model, processor, [data.build_prompt(s, mode, style, allow_tie) for s in shown], own, label=label, prefix=prefix,
-                                      group_size=repeats, temperature=1.0 if votes else 0.0)
+        prompts, prefix = [data.build_prompt(s, mode, style, allow_tie) for s in shown], data.THINK if mode == "think" else ""
+        texts = distill.generate_texts(model, processor, prompts, own, prefix, votes or 1, 1.0 if votes else 0.0, label=label, file=file)
     rows = []
-    for (sample, swapped), text in zip([one for one in asked for _ in range(repeats)], texts):
+    for (sample, swapped), text in zip([one for one in asked for _ in range(votes or 1)], texts):
         verdict = data.parse_verdict(text, sample.task)
         cells = [(d, k) for d in sample.scores for k in (1, 2)]
         got = lambda found, truth: np.mean([found.get(d, {}).get(k) == truth[d][k - 1] for d, k in cells]) if cells else None
@@ -128,11 +121,11 @@ def judge_checkpoint(stage: str, mode: str, settings: config.Settings, out: Path
     folder = out / "evaluate"
     folder.mkdir(parents=True, exist_ok=True)
     kept, mark = folder / f"{stage}-{mode}.jsonl", folder / f"{stage}-{mode}.json"
-    state = [config.made_by(s, out) for s in (stage, "data")] + [config.shaping(settings.evaluate)]
-    if not mark.is_file() or json.loads(mark.read_text())["state"] != state:
+    state = [stages.made_by(s, out) for s in (stage, "data")] + [config.shaping(settings.evaluate)]
+    if stages.read_facts(mark).get("state") != state:
         model, processor = {"url": settings.evaluate.endpoint, "model": stage, "file": folder / "replies.jsonl", "checkpoint": state[0]}, None
         if not settings.evaluate.endpoint or stage not in settings.evaluate.served.split(","):
-            model, processor = M.load(config.checkpoint(stage, settings, out))
+            model, processor = M.load(stages.checkpoint(stage, settings, out))
         rows = []
         for split in SPLITS:
             if not (samples := read_split(split, settings, out)):
@@ -154,34 +147,19 @@ def judge_checkpoint(stage: str, mode: str, settings: config.Settings, out: Path
     return json.loads(mark.read_text())
 
 
-# ------------------------------------------------------------------------------------------------------------------ table
-
-
-
 def table(results: list) -> str:
-    """The stage table as text: accuracy per task with its interval, then the quality of the reasoning."""
-    def part(title, width, heads, cells):
-        line = lambda name, shown: "  ".join([f"{name:<28}"] + [f"{cell:>{width}}" for cell in shown])
-        return "\n".join([title, line("", heads)] + [line(row["name"], cells(row)) for row in results]) + "\n"
-
-    span = lambda c: f"{percent(c['accuracy']):>5} [{percent(c['low']):>5},{percent(c['high']):>5}]" if c else "-"
-    accuracy = lambda split: lambda row: [span(row["splits"][split].get(scope)) for scope in (*data.TASKS, "all")]
-    tasks = [task.replace("_", " ").replace("understanding", "und.").replace("generation", "gen.") for task in data.TASKS] + ["mean"]
-    return "\n".join([
-        part("accuracy % on the test split, both orders, 95% interval", 18, tasks, accuracy("test")),
-        part("accuracy % on colour-shape pairs never trained on", 18, tasks, accuracy("heldout")),
-        part("the reasoning on the test split, % (follows: sums add up and the verdict follows from them)", 12, QUALITY.values(),
-             lambda row: [percent(row["splits"]["test"]["all"].get(key)) for key in QUALITY]),
-        part("generation pairs of which a third are ties, %", 14, [name.replace("_", " ") for name in TIES],
-             lambda row: [percent(row["ties"].get(key)) for key in TIES])])
-
-
-# ------------------------------------------------------------------------------------------------------------------ stage
+    """The stage table as text."""
+    span = lambda c: f"{percent(c['accuracy']):>5} [{percent(c['low']):>5},{percent(c['high']):>5}]" if isinstance(c, dict) else percent(c)
+    parts = []
+    for title, width, heads, lines in report.tables(results).values():
+        rows = [["", *heads]] + [[name, *map(span, cells)] for name, *cells in lines]
+        parts.append("\n".join([title] + ["  ".join([f"{name:<28}"] + [f"{cell:>{width}}" for cell in cells]) for name, *cells in rows]) + "\n")
+    return "\n".join(parts)
 
 
 def after(stage: str, settings: config.Settings, out: Path) -> None:
     """Judges a checkpoint that was just made, for the one line that says what its stage did."""
-    for name, checkpoint, mode in config.ROWS:
+    for name, checkpoint, mode in stages.ROWS:
         if checkpoint == stage:
             cell = judge_checkpoint(stage, mode, settings, out)["splits"]["test"]["all"]
             print(f"   {name}: {percent(cell['accuracy'])}% [{percent(cell['low'])}, {percent(cell['high'])}] on the test split", flush=True)
@@ -190,7 +168,7 @@ def after(stage: str, settings: config.Settings, out: Path) -> None:
 def run(stage: str, settings: config.Settings, folder: Path) -> str:
     out = folder.parent
     results = [{"name": name, "stage": checkpoint, "mode": mode} | judge_checkpoint(checkpoint, mode, settings, out)
-               for name, checkpoint, mode in config.ROWS]
+               for name, checkpoint, mode in stages.ROWS]
     config.write_text(folder / "results.json", json.dumps({"rows": results}, indent=1))
     config.write_text(folder / "table.txt", table(results))
     if config.is_main():
@@ -216,16 +194,14 @@ def group_of(benchmark: str, key: str) -> str:
 
 
 def find_media(value, video: bool, root="", cache: Path | None = None):
-    """An image's path or a video's frames. `value`: a path under `root`, or a parquet file's image, whose bytes go to `cache` once."""
+    """Path of an image or a video. `value`: a path under `root`, or a parquet file's image, whose bytes go to `cache` once."""
     path = cache / hashlib.sha256(value["bytes"]).hexdigest()[:24] if isinstance(value, dict) else Path(root, value)
-    if isinstance(value, dict) and not (path.is_file() and path.stat().st_size == len(value["bytes"])):
+    if isinstance(value, dict) and not path.is_file():
         cache.mkdir(exist_ok=True)
-        path.write_bytes(value["bytes"])
+        config.write_file(path, lambda stream: stream.write(value["bytes"]))
     if video and not path.exists() and path.with_suffix("").is_dir():
         path = path.with_suffix("")  # the frames of x.mp4 may stand in the folder x
-    for file in fit_clips([str(path)])[0] if video else [str(path)]:
-        read_image(file)  # what is missing or unreadable is named now, not after an hour of judging
-    return str(path)
+    return str(path.absolute())
 
 
 def benchmark_rows(file: Path):
@@ -251,15 +227,13 @@ def read_benchmark(name: str, paths: list, media: str | None = None) -> tuple:
             try:
                 found = [row[next((key for key in keys.split("|") if key in row), keys)] for keys in shown]
                 found = [find_media(value, data.is_video(task), media or file.parent, file.with_suffix(".media")) for value in found]
-                found = fit_clips(found) if data.is_video(task) else found
                 answers = row["response"] if said == "response" else [row[key] for key in said.split("|") if key]
                 prompt, key = re.sub(r"<(?:image|video)>\n?", "", row[asked]), str(row.get("id", ""))
-                empty = not all(text.strip() and text.encode() for text in (prompt, *answers))
-                if empty or said and (len(answers) != 2 or isinstance(answers, str)):
-                    raise ValueError("empty prompt or answer, or there are not two answers")
                 key = f"{key}#{file.name}:{number}" if not key or key in samples else key  # some lists have no ids or repeat one
-                samples[key] = data.Sample(key, task, prompt, found, list(answers), LABELS[str(row[label])] if label else 1)
-            except (KeyError, ValueError, TypeError, AttributeError, OSError, config.UserError) as error:
+                better = LABELS[str(row[label])] if label else 1
+                made = {"id": key, "task": task, "prompt": prompt, "media": found, "answers": answers, "label": better}
+                samples[key] = data.usable(made, file.parent, config.Data(media_within="/"))
+            except (LookupError, ValueError, TypeError, AttributeError, OSError, config.UserError) as error:
                 broken.append(f"{file}, row {number}: {type(error).__name__}: {error}")
     if not samples:
         raise config.UserError(f"{', '.join(paths)}: no row reads as {name}" + "".join(f"; {line}" for line in broken[:1]))
@@ -279,8 +253,8 @@ def benchmark_metrics(rows: list) -> dict:
 
 
 def bench(options) -> None:
-    """Judges a benchmark, each pair in both orders. FILE.jsonl takes the judgements as they are made, and the same command goes on from there;
-    FILE.json has the metrics. Broken rows are named, counted and left out; an unreadable output is wrong."""
+    """Judges a benchmark, each pair in both orders; the same command goes on where it was stopped. FILE.json has the metrics, FILE.jsonl the
+    judgements. Broken rows are named, counted and left out; an unreadable output is wrong."""
     samples, broken = read_benchmark(options.benchmark, options.path, options.media)
     source, style, template, own, load = choose_model(options)
     out = Path(options.out or config.ROOT / "runs" / "bench" / f"{options.benchmark}-{'-'.join(Path(source).parts[-2:])}-{options.mode}.json")
@@ -290,17 +264,12 @@ def bench(options) -> None:
         raise config.UserError(f"{out} is no .json file, or holds results of another model, benchmark or setting; give another --out")
     out.parent.mkdir(parents=True, exist_ok=True)
     config.write_text(out, json.dumps(state, indent=1))
-    kept, ties = out.with_suffix(".jsonl"), any(sample.label == 0 for sample in samples.values())
-    rows = distill.read_replies(kept)
-    done = {row["id"] for row in rows if row["swapped"]} & samples.keys()  # the second order is written last
-    config.wait_for_all()  # all have read what the first may now cut
-    data.write_jsonl(kept, rows := [row for row in rows if row["id"] in done])
-    todo = [sample for key, sample in samples.items() if key not in done]
-    model, processor = load(out.with_suffix(".replies.jsonl")) if todo else (None, None)
-    for k in config.progress(range(0, len(todo), own.batch_rows), options.benchmark):
-        for row in judge(model, processor, todo[k : k + own.batch_rows], options.mode, own, ties, "", (False, True), style, template):
-            rows.append(row | {"group": group_of(options.benchmark, row["id"])})
-            config.log(kept.parent, rows[-1], kept.name)
+    ties = any(sample.label == 0 for sample in samples.values())
+    texts = out.with_suffix(f".{hashlib.sha256(repr(samples).encode()).hexdigest()[:16]}.texts")
+    rows = judge(*load(out.with_suffix(".replies.jsonl")), list(samples.values()), options.mode, own, ties, options.benchmark, (False, True), style,
+                 template, file=texts)
+    rows = [row | {"group": group_of(options.benchmark, row["id"])} for row in rows]
+    data.write_jsonl(out.with_suffix(".jsonl"), rows)
     cells = benchmark_metrics(rows)
     config.write_text(out, json.dumps(state | {"broken": broken, "metrics": cells}, indent=1))
     print("".join(f"left out: {line}\n" for line in broken) + f"{source}, {options.mode}: {len(broken)} broken rows left out; {out}")
@@ -456,4 +425,4 @@ def command_line(command: str, arguments: list) -> None:
 
 
 if __name__ == "__main__":
-    config.main("evaluate", {name: functools.partial(command_line, name) for name in COMMANDS})
+    stages.main("evaluate", {name: functools.partial(command_line, name) for name in COMMANDS})

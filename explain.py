@@ -17,6 +17,7 @@ import distill
 import grpo
 import model as M
 import sft
+import stages
 
 
 def pieces(processor, ids) -> list:
@@ -61,9 +62,9 @@ def explain_rejection(stage: str, settings: config.Settings, out: Path) -> None:
     """One pair of each task, judged once."""
     samples, own = data.read_samples(out / "data" / "pool.jsonl"), settings.rejection
     samples = [next(s for s in samples if s.task == task) for task in data.TASKS if any(s.task == task for s in samples)]
-    model, processor = M.load(config.checkpoint("cold_start", settings, out))
+    model, processor = M.load(stages.checkpoint("cold_start", settings, out))
     prompts = [data.build_prompt(sample, "think") for sample in samples]
-    texts = M.generate_texts(model, processor, prompts, data.THINK, 1, own.max_new_tokens, own.temperature, own.batch_rows)
+    texts = distill.generate_texts(model, processor, prompts, own, data.THINK, temperature=own.temperature)
     for sample, text in zip(samples, texts):
         verdict = data.parse_verdict(text, sample.task)
         goes = "correct.jsonl -> SFT" if distill.why_dropped(text, sample, own.select == "consistent") is None else "wrong.jsonl -> GRPO"
@@ -74,7 +75,7 @@ def explain_rejection(stage: str, settings: config.Settings, out: Path) -> None:
 def explain_grpo(stage: str, settings: config.Settings, out: Path) -> None:
     """The first group of unequal rewards: its advantages, and what one update with it alone changes in its best completion."""
     own = getattr(settings, stage)
-    samples, start = grpo.training_samples(own, out), config.checkpoint(own.start, settings, out)
+    samples, start = grpo.training_samples(own, out), stages.checkpoint(own.start, settings, out)
     model, processor = M.load(start)
     optimizer = sft.optimizer_for(model, own)
     for sample in samples:
@@ -108,4 +109,4 @@ def explain_grpo(stage: str, settings: config.Settings, out: Path) -> None:
 
 
 def explain(stage: str, settings: config.Settings, out: Path) -> None:
-    {"sft": explain_sft, "rejection": explain_rejection, "grpo": explain_grpo}[config.STAGES[stage][0]](stage, settings, out)
+    {"sft": explain_sft, "rejection": explain_rejection, "grpo": explain_grpo}[stages.STAGES[stage][0]](stage, settings, out)

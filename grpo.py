@@ -31,6 +31,7 @@ import torch
 import config
 import data
 import model as M
+import stages
 from resume import steps_to_go
 from sft import batches, finish_update, learning_rate, optimizer_for
 
@@ -178,7 +179,7 @@ def training_samples(own: config.GRPO, out: Path) -> list:
 def run(stage: str, settings: config.Settings, folder: Path) -> str:
     own, out = getattr(settings, stage), folder.parent
     samples = training_samples(own, out)
-    start = config.checkpoint(own.start, settings, out)
+    start = stages.checkpoint(own.start, settings, out)
     processes = config.world()[1]
     if own.prompts_per_step < processes or (settings.run.shard and own.prompts_per_step % processes):
         raise config.UserError(f"prompts_per_step = {own.prompts_per_step} cannot be dealt out to {processes} processes"
@@ -234,4 +235,4 @@ def run(stage: str, settings: config.Settings, folder: Path) -> str:
 
 
 if __name__ == "__main__":
-    config.main("grpo")
+    stages.main("grpo")

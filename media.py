@@ -11,7 +11,7 @@ from PIL import Image, ImageOps, ImageSequence
 
 import config
 
-limits = config.Data()  # pixels and frames of what is shown in this process; config.run_stages puts the run's own here
+limits = config.Data()  # pixels and frames of what is shown in this process; stages.run_stages puts the run's own here
 MAX_FRAMES, VIDEO_FILES = 10_000, (".mp4", ".webm", ".mov", ".mkv", ".avi", ".m4v")  # five minutes at 30 a second; read by PyAV
 MAX_PIXELS, FORMATS = 2**26, ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")  # others may start programs (EPS: Ghostscript)
 BROKEN = (OSError, ValueError, TypeError, LookupError, ArithmeticError, RuntimeError, SyntaxError, EOFError, struct.error,

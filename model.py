@@ -344,20 +344,6 @@ def generate(model, processor: Processor, prompts: list, group_size: int = 1, ma
     return Completions(ids[:, :width], lengths, logprobs[:, :width], ids.gather(1, lengths[:, None] - 1)[:, 0] != eos)
 
 
-def generate_texts(model, processor: Processor, prompts: list, prefix: str, group_size: int = 1, max_new_tokens: int = 2048, temperature: float = 1.0,
-                   batch_rows: int = 256, seeds: list | None = None, label: str = "") -> list:
-    """`prefix` and what `generate` writes after it to prompts given as content parts; the processes deal them out. Encoded a slice at a time: the
-    pixels of 100,000 pairs of 512 x 512 are a terabyte."""
-    mine, size, groups = config.share(list(zip(prompts, seeds or range(len(prompts))))), 16 * batch_rows, []
-    for k in range(0, len(mine), size):
-        encoded = [encode(processor, model, parts, prefix) for parts, _ in mine[k : k + size]]
-        made = generate(model, processor, encoded, group_size, max_new_tokens, temperature, batch_rows, [seed for _, seed in mine[k : k + size]],
-                        f"{label}, from {k} of {len(mine)}" if label and len(mine) > size else label)
-        texts = [prefix + processor.text(ids[:length]) for ids, length in zip(made.ids, made.lengths)]
-        groups += [texts[row : row + group_size] for row in range(0, len(texts), group_size)]
-    return [text for group in config.gather(groups) for text in group]
-
-
 # ---------------------------------------------------------------------------------------------------------------- scoring
 
 

@@ -16,6 +16,7 @@ import config
 import data
 import distill
 import model as M
+import stages
 
 
 def run(stage: str, settings: config.Settings, folder: Path) -> str:
@@ -23,12 +24,13 @@ def run(stage: str, settings: config.Settings, folder: Path) -> str:
     samples = data.read_samples(out / "data" / "pool.jsonl")
     if own.endpoint:  # a large pool on a server: distill.ask says how to serve the checkpoint
         texts = [reply["text"] for reply in distill.ask(samples, own, own.endpoint, "cold_start", folder / "replies.jsonl", "think", own.temperature,
-                                                        config.made_by("cold_start", out), label="judging the pool")]
+                                                        stages.made_by("cold_start", out), label="judging the pool")]
     else:
-        model, processor = M.load(config.checkpoint("cold_start", settings, out))
+        model, processor = M.load(stages.checkpoint("cold_start", settings, out))
         rng = random.Random(f"{settings.run.seed}/rejection")
-        texts = distill.generate_kept(folder / "texts.jsonl", model, processor, [data.build_prompt(sample, "think") for sample in samples], own,
-                                      [rng.getrandbits(32) for _ in samples], "judging the pool", prefix=data.THINK, temperature=own.temperature)
+        prompts, seeds = [data.build_prompt(sample, "think") for sample in samples], [rng.getrandbits(32) for _ in samples]
+        texts = distill.generate_texts(model, processor, prompts, own, data.THINK, 1, own.temperature, seeds, "judging the pool",
+                                       folder / "texts.jsonl")
     good = [distill.why_dropped(text, sample, own.select == "consistent") is None for sample, text in zip(samples, texts)]
     learnt = good  # by the model, in rejection_sft
     if own.select == "random":
@@ -51,4 +53,4 @@ def run(stage: str, settings: config.Settings, folder: Path) -> str:
 
 
 if __name__ == "__main__":
-    config.main("rejection")
+    stages.main("rejection")

@@ -1,8 +1,5 @@
 """The report: a run folder as one HTML file that opens anywhere, without network and without a server.
 
-It says what every stage reported, how well each checkpoint judges and reasons, how the training went, and lets the reader leaf through
-judged pairs with what every stage said about them side by side.
-
 Captions, answers and model text are somebody else's: in the markup they are escaped; to the script they go as JSON in which every "<"
 is escaped, and it shows them as text nodes only; the page's policy lets no other script run and nothing be loaded.
 
@@ -14,17 +11,18 @@ import hashlib
 import io
 import json
 import math
+import random
 import string
 import sys
 import textwrap
 from html import escape
-from itertools import zip_longest
 from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageOps
 
 import config
 import data
+import stages
 from media import fit_clips, read_image
 
 SPLITS = ("test", "heldout", "ties")
@@ -34,7 +32,6 @@ FRAMES, SIDE = 8, 192  # at most so many frames of a clip, and no picture larger
 QUALITY = {  # metric of evaluate.summarise: its column
     "format_ok": "format", "sums_ok": "sums right", "consistent": "follows", "scores_right": "scores right", "facts_right": "facts right",
     "orders_agree": "orders agree", "first_chosen": "first chosen", "unreadable": "unreadable"}
-TIES = {"diff": "pairs with a winner", "tau": "all pairs", "tau_calibrated": "all pairs, close totals read as ties"}
 CURVES = {  # metric of metrics.jsonl: unit of its y axis
     "loss": "nats per token", "reward_accuracy": "share", "reward_format": "share", "kl": "nats per token", "length": "tokens",
     "entropy": "nats per token", "zero_variance_share": "share", "clip_share": "share", "grad_norm": "before clipping"}
@@ -50,7 +47,7 @@ def read_rows(path: Path) -> list:
 
 def read_results(out: Path) -> list:
     """The rows of the stage table, of the checkpoints judged so far: evaluate.py writes a file for each."""
-    files = {row: out / "evaluate" / f"{row[1]}-{row[2]}.json" for row in config.ROWS}
+    files = {row: out / "evaluate" / f"{row[1]}-{row[2]}.json" for row in stages.ROWS}
     return [dict(zip(("name", "stage", "mode"), row)) | json.loads(file.read_text()) for row, file in files.items() if file.is_file()]
 
 
@@ -61,30 +58,34 @@ def percent(value: float | None) -> str:
     return "-" if value is None else f"{100 * value:.1f}"
 
 
-def table(heads: list, lines: list) -> str:
-    """`lines` hold finished markup; the first cell of each is its name."""
+def tables(results: list) -> dict:
+    """The stage table in four parts, {part: (title, width of a column, heads, [[name, cell, ...]])}; a cell is a share, a dict with its interval
+    as well, or None."""
+    lines = lambda cells: [[row["name"], *cells(row)] for row in results]
+    accuracy = lambda split: lines(lambda row: [row["splits"][split].get(scope) for scope in (*data.TASKS, "all")])
+    tasks = [task.replace("_", " ").replace("understanding", "und.").replace("generation", "gen.") for task in data.TASKS] + ["mean"]
+    return {"test": ("accuracy % on the test split, both orders, 95% interval", 18, tasks, accuracy("test")),
+            "heldout": ("accuracy % on colour-shape pairs never trained on", 18, tasks, accuracy("heldout")),
+            "quality": ("the reasoning on the test split, % (follows: sums add up and the verdict follows from them)", 12, QUALITY.values(),
+                        lines(lambda row: [row["splits"]["test"]["all"].get(key) for key in QUALITY])),
+            "ties": ("generation pairs of which a third are ties, %", 14, ("diff", "tau", "tau calibrated"),
+                     lines(lambda row: [row["ties"].get(key) for key in ("diff", "tau", "tau_calibrated")]))}
+
+
+def markup(heads: list, lines: list) -> str:
     if not lines:
         return '<p class="muted">No checkpoint has been judged yet.</p>'
     head = "".join(f'<th scope="col">{text}</th>' for text in heads)
-    body = "".join(f'<tr><th scope="row">{name}</th>{"".join(f"<td>{cell}</td>" for cell in cells)}</tr>' for name, *cells in lines)
+    body = "".join(f'<tr><th scope="row">{escape(name)}</th>{"".join(f"<td>{meter(cell)}</td>" for cell in cells)}</tr>' for name, *cells in lines)
     return f'<div class="scroll"><table><thead><tr><td></td>{head}</tr></thead><tbody>{body}</tbody></table></div>'
 
 
-def accuracy_cell(cell: dict) -> str:
-    if not cell:
-        return "-"
+def meter(cell) -> str:
+    if not isinstance(cell, dict):
+        return percent(cell)
     value, low, high = (percent(cell[key]) for key in ("accuracy", "low", "high"))
     return f"""<b>{value}</b> <small>{low}–{high}</small><svg class="meter" viewBox="0 0 100 8" preserveAspectRatio="none" aria-hidden="true">
 <rect class="fill" width="{value}" height="8"/><path d="M50 0V8"/><path class="whisker" d="M{low} 4H{high}"/></svg>"""
-
-
-def result_tables(results: list) -> dict:
-    lines = lambda cells: [[escape(row["name"]), *cells(row)] for row in results]
-    accuracy = lambda split: lines(lambda row: [accuracy_cell(row["splits"][split].get(scope)) for scope in (*data.TASKS, "all")])
-    heads = [task.replace("_", " ") for task in data.TASKS] + ["mean"]
-    quality = lines(lambda row: [percent(row["splits"]["test"]["all"].get(key)) for key in QUALITY])
-    return {"test": table(heads, accuracy("test")), "heldout": table(heads, accuracy("heldout")), "quality": table(QUALITY.values(), quality),
-            "ties": table(TIES.values(), lines(lambda row: [percent(row["ties"].get(key)) for key in TIES]))}
 
 
 # ----------------------------------------------------------------------------------------------------------------- curves
@@ -112,8 +113,8 @@ def curve(values: list, name: str, unit: str) -> str:
 def states_and_curves(out: Path) -> dict:
     """{"STAGE_state": what the stage reported, "STAGE_METRIC": a curve} for every stage."""
     made = {}
-    for stage in config.STAGES:
-        done, rows = config.read_facts(out / stage / "done.json"), read_rows(out / stage / "metrics.jsonl")
+    for stage in stages.STAGES:
+        done, rows = stages.read_facts(out / stage / "done.json"), read_rows(out / stage / "metrics.jsonl")
         state = f'{escape(str(done["made"]))} ({done["seconds"]:,.0f} s)' if done else "not finished" + f", {len(rows)} steps so far" * bool(rows)
         made[f"{stage}_state"] = f'<span class="{"made" if done else "muted"}">{state}</span>'
         made |= {f"{stage}_{key}": curve([row.get(key) for row in rows], key, unit) for key, unit in CURVES.items()}
@@ -159,12 +160,10 @@ def verdict(task: str, answer: int | None, otherwise: str = "unreadable") -> str
 
 
 def choose_pairs(samples: dict, judged: list) -> list:
-    """[(split, id)] of judged pairs, tasks and splits taking turns, and within each first the pairs on which stages disagree."""
+    """[(split, id)] of judged pairs: first those on which stages disagree; tasks and splits are mixed."""
     keys = [key for key in samples if any(key in rows for rows in judged)]
     agree = {key: len({rows[key]["answer"] for rows in judged if key in rows}) == 1 for key in keys}
-    interleave = lambda lists: [item for items in zip_longest(*lists) for item in items if item is not None]
-    group = lambda task, split: sorted((key for key in keys if key[0] == split and samples[key].task == task), key=agree.get)
-    return interleave(interleave(group(task, split) for split in SPLITS) for task in data.TASKS)
+    return sorted(random.Random(0).sample(keys, len(keys)), key=agree.get)
 
 
 def browser_data(out: Path, results: list) -> dict:
@@ -188,9 +187,6 @@ def browser_data(out: Path, results: list) -> dict:
     return {"stages": [row["name"] for row in results], "full": full, "pairs": pairs, "of": len(chosen)}
 
 
-# ------------------------------------------------------------------------------------------------------------------- page
-
-
 def write(out: Path) -> Path:
     """Writes out/evaluate/report.html from what is in the run folder `out`, and returns its path."""
     results = read_results(out)
@@ -198,7 +194,7 @@ def write(out: Path) -> Path:
     page = (config.ROOT / "report_page.html").read_text(encoding="utf-8")
     script = base64.b64encode(hashlib.sha256(page.rpartition("<script>")[2].partition("</script>")[0].encode()).digest()).decode()
     policy = f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{script}'; base-uri 'none'; form-action 'none'"
-    values = {**states_and_curves(out), **result_tables(results), "policy": policy,
+    values = {**states_and_curves(out), **{part: markup(*shown) for part, (_, _, *shown) in tables(results).items()}, "policy": policy,
               "title": f"Report of the run {escape(out.resolve().name)}", "data": json.dumps(judged, separators=(",", ":")).replace("<", "\\u003c"),
               "judged": f"{len(judged['pairs'])} of {judged['of']} judged pairs." if judged["pairs"] else "Nothing has been judged yet."}
     page = string.Template(page).substitute(values)

@@ -14,8 +14,8 @@ import config
 
 @torch.no_grad()
 def keep(folder: Path, name: str, step: int, optimizer) -> None:
-    """Writes what was learnt in `step` steps, Adam's moments and the lengths of the stage's logs, then deletes the state before. No random state is
-    needed: all that is drawn comes from seed, stage, step and prompt. Of sharded weights each process writes its part, the first one last: it counts."""
+    """Writes what was learnt in `step` steps, Adam's moments and the lengths of the stage's logs, then deletes the state before. No random state
+    is needed: all that is drawn comes from seed, stage, step and prompt. Of sharded weights each process writes its part, the first one last."""
     learning, rank = optimizer.param_groups[0]["params"], config.world()[0]
     sharded = isinstance(learning[0], DTensor)
     for turn in (rank > 0, rank == 0):

@@ -30,6 +30,7 @@ from torch.distributed.tensor import DTensor
 import config
 import data
 import model as M
+import stages
 from resume import steps_to_go
 
 # --------------------------------------------------------------------------------------------------------------- the loss
@@ -227,7 +228,7 @@ def start_and_examples(stage: str, settings: config.Settings, out: Path) -> tupl
     examples = data.read_conversations(file)
     if stage == "direct_sft":
         examples = [(data.build_prompt(s, "answer"), f"<answer>{data.verdict_string(s.task, s.label)}</answer>") for s in data.read_samples(file)]
-    return config.checkpoint(start, settings, out), examples
+    return stages.checkpoint(start, settings, out), examples
 
 
 def run(stage: str, settings: config.Settings, folder: Path) -> str:
@@ -246,4 +247,4 @@ def run(stage: str, settings: config.Settings, folder: Path) -> str:
 
 
 if __name__ == "__main__":
-    config.main("rejection_sft")
+    stages.main("rejection_sft")

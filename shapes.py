@@ -1,25 +1,16 @@
 """The small world: scenes of coloured shapes whose every score is known.
 
-A real preference set tells which candidate people liked, never *why*. Here the reasons are drawn first and the pictures after them, so
-that a model's reasoning can be graded line by line, not only its verdict. Everything below is made by code from a seed; nothing is
-downloaded.
+A real preference set tells which candidate people liked, never *why*. Here the reasons are drawn first and the pictures after them, by code
+and from a seed, so that a model's reasoning can be graded line by line, not only its verdict. A candidate's score on a dimension is a *fact*
+turned into a number, and the better candidate is the one with the larger total:
 
-Four tasks, three dimensions each. A candidate's score on a dimension is a *fact* turned into a number by a fixed ladder:
+    dimension                                 fact written in the reasoning                      score
+    semantic consistency, semantic accuracy   "red circle yes, blue star no, moves left yes"     10, minus 3 for each "no"
+    correctness                               "says 3, is 4"; of a clip "says left, is right"    10, 7 if nearly right, else 4
+    the others                                "vivid", "one broken", "two fillers", ...          see LADDER
 
-    task                  dimension               fact written in the reasoning              score
-    image generation      semantic consistency    "red circle yes, blue star no"             10, minus 3 for each "no"
-                          aesthetics              vivid / pale / faded                       9 / 7 / 4
-                          authenticity            none / one / two broken                    10 / 8 / 5
-    video generation      semantic consistency    items, and "moves left yes"                10, minus 3 for each "no"
-                          temporal coherence      steady / flicker / blank frame             9 / 7 / 4
-                          authenticity            none / one / two broken                    10 / 8 / 5
-    image understanding   semantic accuracy       each shape the answer names: yes or no     10, minus 3 for each "no"
-                          correctness             "says 3, is 4"                             10 / 7 / 4
-                          clarity                 fluent / one filler / two fillers          9 / 7 / 4
-    video understanding   the same, where correctness is the direction of the movement
-
-The better candidate is the one with the larger total. Faded colours and fillers are seen at a glance; whether every item of a caption is in the
-picture has to be checked item by item, and the total has to be added up. That is the part thinking is for.
+Faded colours and fillers are seen at a glance; whether every item of a caption is in the picture has to be checked item by item, and the
+total has to be added up. That is the part thinking is for.
 
 A scene is 32x32 pixels, four cells of 16x16 with at most one shape each; a clip is four frames in which one shape moves to a free
 cell. One merged vision token of the small backbone sees exactly one cell.
@@ -55,8 +46,7 @@ LADDER = {  # facts of the dimensions that are seen at a glance, best first, wit
     "authenticity": (("none broken", 10), ("one broken", 8), ("two broken", 5)),
     "clarity": (("fluent", 9), ("one filler", 7), ("two fillers", 4)),
 }
-POSSIBLE = (1, 4, 5, 7, 8, 9, 10)  # every score that the table above can give
-
+POSSIBLE = (1, 4, 5, 7, 8, 9, 10)  # every score that a fact can earn
 
 # ---------------------------------------------------------------------------------------------------------------- drawing
 
@@ -129,13 +119,12 @@ def change(rng: random.Random, item: tuple, items: list, taken: list) -> tuple:
     return rng.choice(near or [other for other in items if other not in taken])
 
 
-
 def checks(wanted: list, present: list) -> list:
     return [f"{name(item)} {'yes' if item in present else 'no'}" for item in wanted]
 
 
 def score_of(dimension: str, fact: str) -> int:
-    """The score that a fact earns on a dimension: the one place where the table at the top of this file is computed."""
+    """The score that a fact earns on a dimension: the table at the top of this file."""
     if dimension in LADDER:
         return dict(LADDER[dimension])[fact]
     if fact.startswith("says "):
@@ -276,9 +265,9 @@ def draw_split(split: str, settings: config.Settings, folder) -> dict:
 
 
 # --------------------------------------------------------------------------------------------------------------- practice
-# What the base model learns before it ever sees a chain of thought: naming, checking, rating one candidate, adding up, comparing, and
-# the bare verdict, on all four tasks. But for naming, tags and the direct answer, each is a contiguous piece of check, score, total, decide; none is the whole on any
-# pair. Dimensions come in any order and number, so that reading them from the prompt is the only way to be right.
+# What the base learns before it ever sees a chain of thought, on all four tasks. But for naming, tags and the direct answer, each exercise is
+# a contiguous piece of check, score, total, decide; none is the whole on any pair. Dimensions come in any order and number, so that reading
+# them from the prompt is the only way to be right.
 
 PRACTICE = {"name": 1, "name_pair": 1, "check": 2, "rate": 3, "compare": 8, "total": 1, "decide": 2, "total_decide": 3, "tagged": 2, "direct": 7}
 CONSOLIDATION = PRACTICE | {"compare": 16, "conclude": 8, "direct": 8}

@@ -17,6 +17,7 @@ import numpy as np
 
 import config
 import data
+import stages
 from evaluate import interval, pair_scores
 
 COLUMNS = ("split", "id", "swapped", "task", "mode", "label", "answer", "format_ok", "sums_ok", "consistent", "scores_right", "facts_right")
@@ -38,7 +39,7 @@ REASONING = {  # of one judgement; the last two: a right verdict although a scor
 
 def read_run(path: Path) -> dict:
     """{STAGE-MODE: rows of its judgements} of a run folder or of a file written by `keep`."""
-    keys = [f"{stage}-{mode}" for _, stage, mode in config.ROWS]
+    keys = [f"{stage}-{mode}" for _, stage, mode in stages.ROWS]
     if path.is_dir():
         files = {key: path / "evaluate" / f"{key}.jsonl" for key in keys}
         return {key: list(data.read_jsonl(file)) for key, file in files.items() if file.is_file()}
@@ -63,7 +64,7 @@ def settings_of(path: Path) -> dict:
     """{"section.key": value} of all finished stages of a run folder."""
     found = {}
     for file in sorted(path.glob("*/done.json")):
-        for section, values in config.read_facts(file).get("settings", {}).items():
+        for section, values in stages.read_facts(file).get("settings", {}).items():
             found |= {f"{section}.{key}": value for key, value in values.items()}
     return found
 
@@ -130,7 +131,7 @@ def markdown(heads: list, lines: list) -> str:
 def stage_table(runs: list, split: str) -> str:
     """Accuracy of every stage by task, mean over seeds and interval; the paper's figures, of its four benchmarks, in the last column."""
     lines = []
-    for name, stage, mode in config.ROWS:
+    for name, stage, mode in stages.ROWS:
         key = f"{stage}-{mode}"
         cells = [cell([per_pair(run, key, split, task).values() for run in runs]) for task in (*data.TASKS, "all")]
         lines.append([name, *cells, " / ".join(map(str, PAPER.get(key, "-")))])
@@ -161,14 +162,14 @@ def table(options) -> None:
     paths = [Path(name) for name in options.runs]
     named = {path.name.partition(".")[0]: read_run(path) for path in paths}
     for name, run in named.items():
-        if missing := [f"{stage}-{mode}" for _, stage, mode in config.ROWS if f"{stage}-{mode}" not in run]:
+        if missing := [f"{stage}-{mode}" for _, stage, mode in stages.ROWS if f"{stage}-{mode}" not in run]:
             raise config.UserError(f"{name}: no judgements {missing[0]}; finish the run with python grpo.py, or give other runs")
         if options.keep:
             keep(run, Path(options.keep) / f"{name}.jsonl.gz")
     plain = [run for name, run in named.items() if "-" not in name]
     if alone := [name for name in named if name.partition("-")[0] not in named]:
         raise config.UserError(f"{alone[0]} is compared with {alone[0].partition('-')[0]}: give that run too")
-    found, rows = claims(plain), [(name, f"{stage}-{mode}") for name, stage, mode in config.ROWS if mode == "think"]
+    found, rows = claims(plain), [(name, f"{stage}-{mode}") for name, stage, mode in stages.ROWS if mode == "think"]
     points = lambda scope, e: f"{scope.replace('_', ' ')} {100 * e[0]:+.1f} [{100 * e[1]:+.1f}, {100 * e[2]:+.1f}]"
     lines = [[name, what, "<br>".join(points(*one) for one in scopes), decision(scopes)] for name, what, scopes in found]
     over = f"mean over {len(plain)} seeds and 95% interval" if len(plain) > 1 else "one seed, 95% interval over its pairs"

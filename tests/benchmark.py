@@ -63,6 +63,7 @@ import grpo
 import model as M
 import sft
 import shapes
+import stages
 
 GPU = torch.cuda.is_available()
 WORK = dict(width=128, layers=4, vocabulary=0, prompts=8, group=8, new=100, prompt_tokens=0, micro=4, sft=0, rounds=2, real="")
@@ -376,7 +377,7 @@ def alone(size: dict, out: Path, names: list) -> dict:
 
 def shared(size: dict, out: Path, names: list) -> dict:
     """This process is one of several (torchrun). Seconds per step of sft.train and of grpo.run, from their own logs, and SFT's losses."""
-    config.join_processes()
+    stages.join_processes()
     world = open_world(size, out)
     for stage in ("sft", "grpo"):
         if config.is_main():

@@ -18,6 +18,7 @@ import data
 import model as M
 import sft
 import shapes
+import stages
 
 
 def script(*arguments) -> subprocess.CompletedProcess:
@@ -39,7 +40,7 @@ def test_the_chain_makes_every_stage_and_ends_with_table_and_report(chain):
         assert f"== {stage}: python " in printed
         done = json.loads((out / stage / "done.json").read_text())
         assert done["settings"]["run"]["seed"] == 0 and done["made"]
-    for name, _, _ in config.ROWS:
+    for name, _, _ in stages.ROWS:
         assert name in printed.split("accuracy % on the test split")[1]
     assert (out / "evaluate" / "report.html").stat().st_size > 10_000
     rows = json.loads((out / "evaluate" / "results.json").read_text())["rows"]

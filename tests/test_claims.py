@@ -11,6 +11,7 @@ from results import claims
 import config
 import data
 import evaluate
+import stages
 
 
 def row(task, number, answer, mode="think", split="test", swapped=False, scores_right=1.0):
@@ -21,7 +22,7 @@ def row(task, number, answer, mode="think", split="test", swapped=False, scores_
 def make_run(right: dict) -> dict:
     """A run of 10 pairs per task in both splits of which, by key of the stage table, so many are judged right."""
     return {f"{stage}-{mode}": [row(task, k, 1 if k < right.get(f"{stage}-{mode}", 5) else 2, mode, split) for task in data.TASKS for split in ("test", "heldout")
-                                for k in range(10)] for _, stage, mode in config.ROWS}
+                                for k in range(10)] for _, stage, mode in stages.ROWS}
 
 
 def test_interval_over_seeds_is_students_t():

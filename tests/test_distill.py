@@ -27,6 +27,7 @@ import evaluate
 import model as M
 import rejection
 import shapes
+import stages
 
 ROOT = Path(__file__).resolve().parent.parent
 KEY = "sk-loopback-5f2c9a7e41"
@@ -290,7 +291,7 @@ def test_a_torn_last_line_is_asked_again_and_the_others_are_not(run_folder, serv
 def test_a_killed_run_goes_on_where_it_was_and_the_key_is_nowhere(tmp_path, serve):
     """The script itself: kill -9 among its requests, then again to the end; the server sends the key back in every reply."""
     out, sizes = tmp_path / "run", {"distill_pairs": 12, "pool_pairs": 1, "test_pairs": 1, "heldout_pairs": 1, "tie_pairs": 1}
-    config.do_stage("data", config.load_settings("smoke", [(f"data.{name}", str(value)) for name, value in sizes.items()]), out, "")
+    stages.do_stage("data", config.load_settings("smoke", [(f"data.{name}", str(value)) for name, value in sizes.items()]), out, "")
     samples = data.read_samples(out / "data" / "distill.jsonl")
     slow = 0.4
     server = serve(samples, lambda attempt, s, body: time.sleep(slow) or completion(right(s).replace("<think>", f"<think>{KEY} ", 1)))
@@ -499,10 +500,10 @@ def test_evaluate_judges_by_a_server_in_both_orders_and_a_changed_server_makes_n
     other.evaluate = config.Evaluate(endpoint=server.url, served="base,grpo", concurrency=3)
     other.rejection = config.Rejection(endpoint=server.url)
     other.distill = config.Distill(concurrency=2, timeout=9.0, max_cost=1.0)
-    assert config.made_of("evaluate", settings, tmp_path) == config.made_of("evaluate", other, tmp_path)
+    assert stages.made_of("evaluate", settings, tmp_path) == stages.made_of("evaluate", other, tmp_path)
     for change in (dict(teacher="x"), dict(base_url="http://x"), dict(temperature=0.1), dict(max_side=9), dict(max_new_tokens=9)):
         other.distill = config.Distill(**change)
-        assert config.made_of("distill", settings, tmp_path) != config.made_of("distill", other, tmp_path), change
+        assert stages.made_of("distill", settings, tmp_path) != stages.made_of("distill", other, tmp_path), change
 
 
 def test_a_benchmark_and_a_pair_are_judged_by_a_server_of_any_model(samples, serve, tmp_path, capsys, monkeypatch):
@@ -573,10 +574,10 @@ def test_a_stage_that_starts_again_keeps_its_replies_and_nothing_else(run_folder
     samples = data.read_samples(run_folder / "data" / "distill.jsonl")
     server = serve(samples, lambda attempt, s, body: completion(right(s)))
     settings, folder = teacher(server), run_folder / "distill"
-    config.do_stage("distill", settings, run_folder, "")
+    stages.do_stage("distill", settings, run_folder, "")
     (folder / "half-made").mkdir()
     (folder / "half-made" / "file").write_text("x")
     (folder / "done.json").unlink()
-    config.do_stage("distill", settings, run_folder, "")
-    assert len(server.seen) == 14 and config.is_done("distill", settings, run_folder)
+    stages.do_stage("distill", settings, run_folder, "")
+    assert len(server.seen) == 14 and stages.is_done("distill", settings, run_folder)
     assert {path.name for path in folder.iterdir()} == {"replies.jsonl", "kept.jsonl", "dropped.jsonl", "done.json"}

@@ -275,24 +275,27 @@ def test_parquet_without_pyarrow_says_what_to_install(tmp_path):
     assert "pip install pyarrow" in refused("bench", "--benchmark", "genai_image", "--path", tmp_path / "x.parquet", "--model", BASE)
 
 
-def test_bench_counts_broken_rows_resumes_whole_pairs_and_keeps_its_results(tmp_path, capsys):
+def test_bench_counts_broken_rows_goes_on_where_it_was_stopped_and_keeps_its_results(tmp_path, capsys, monkeypatch):
     out = tmp_path / "results" / "vl.json"
     line = ["bench", "--benchmark", "vl_rewardbench", "--path", vl_file(tmp_path), "--model", BASE, "--mode", "answer"]
-    line += ["--max-new-tokens", 10, "--out", out]
+    line += ["--batch-rows", 1, "--max-new-tokens", 10, "--out", out]
     run(*line)
     printed, first, kept = capsys.readouterr().out, json.loads(out.read_text()), out.with_suffix(".jsonl").read_text()
     assert "5 broken rows left out" in printed and printed.count("left out: ") == 5 == len(first["broken"])
     rows = data.read_jsonl(out.with_suffix(".jsonl"))
     assert len(rows) == 8 and all(sum(row["swapped"] for row in rows if row["id"] == key) == 1 for key in {row["id"] for row in rows})
     assert first["metrics"]["overall"]["pairs"] == 4 and {"general", "hallucination", "reasoning", "macro"} < set(first["metrics"])
-    out.with_suffix(".jsonl").write_text("".join(kept.splitlines(True)[:3]))  # stopped between the two orders of the second pair
-    run(*line)
-    again = data.read_jsonl(out.with_suffix(".jsonl"))
-    assert [row["text"] for row in again] == [row["text"] for row in rows] and json.loads(out.read_text()) == first
+    texts, = out.parent.glob("*.texts")
+    whole = texts.read_bytes()
+    for stopped in (whole[: whole.index(b"\n") + 1], whole[:-40]):  # after the first two pairs; in the middle of a line
+        texts.write_bytes(stopped)
+        out.with_suffix(".jsonl").unlink()
+        run(*line)
+        assert texts.read_bytes() == whole and out.with_suffix(".jsonl").read_text() == kept and json.loads(out.read_text()) == first
     assert "give another --out" in refused(*line[:-4], "--max-new-tokens", 9, "--out", out)
     assert out.with_suffix(".jsonl").read_text().count("\n") == 8
-    out.with_suffix(".jsonl").write_text(kept[:-40])  # killed in the middle of a line
-    run(*line)
+    monkeypatch.setattr(M, "generate", None)
+    run(*line)  # nothing is left to sample
     assert out.with_suffix(".jsonl").read_text() == kept and json.loads(out.read_text()) == first
     (tmp_path / "mine.json").write_text("my own")
     for name in (out.with_suffix(".jsonl"), tmp_path / "mine.json", tmp_path):

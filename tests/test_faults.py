@@ -28,6 +28,7 @@ from PIL import Image
 
 import config
 import media
+import stages
 
 BASE = str(ROOT / "configs" / "small-base")
 STAGE = "data.py --config smoke --out {0}/run --data.distill_pairs 1 --data.pool {0}/pairs.jsonl"
@@ -263,8 +264,8 @@ def test_a_damaged_done_file_is_seen_and_its_stage_made_again(tmp_path, monkeypa
     for damaged in (file.read_text()[:50], "", "[]", "null", "\x00" * 100):
         file.write_text(damaged)
         (tmp_path / "run" / "data" / "pool.jsonl").write_text("half")
-        assert config.made_by("data", tmp_path / "run") is None and command(SMALL, tmp_path) == (0, "")
-        assert contents(tmp_path / "run") == before and config.made_by("data", tmp_path / "run")
+        assert stages.made_by("data", tmp_path / "run") is None and command(SMALL, tmp_path) == (0, "")
+        assert contents(tmp_path / "run") == before and stages.made_by("data", tmp_path / "run")
 
 
 def test_of_two_processes_in_a_run_folder_the_second_is_refused_until_the_first_is_dead(tmp_path, monkeypatch):

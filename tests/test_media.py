@@ -20,6 +20,7 @@ import data
 import media
 import model as M
 import report
+import stages
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -463,7 +464,7 @@ def test_a_mistake_in_a_source_is_one_line_of_the_command(bad_folder, monkeypatc
     for source, said in ((bad_folder / "pairs.jsonl", "pairs.jsonl, line 2"), (f"{bad_folder / 'pairs.jsonl'}@frist:3", "PATH@first:N"), (bad_folder / "none.json", "none.json")):
         monkeypatch.setattr(sys, "argv", ["data.py", "--config", "smoke", "--out", str(bad_folder / "run"), "--data.distill_pairs", "1", "--data.pool", str(source)])
         with pytest.raises(SystemExit) as stopped:
-            config.main("data")
+            stages.main("data")
         printed = capsys.readouterr().err
         assert stopped.value.code == 2 and said in printed and len(printed.strip().splitlines()) == 1
     assert media.limits.distill_pairs == 1, "the run's own limits hold where media are read"
@@ -639,6 +640,6 @@ def test_inspect_finds_media_in_the_image_root_and_says_what_it_takes(folder, ca
     for arguments, said in (([], "inspect PATH"), ([rows, "--sheet"], "inspect PATH"), ([rows, "--shet", "x"], "inspect PATH"), ([rows, "--sheet", str(folder / "no" / "s.png")], "that exists"), ([str(folder / "none.jsonl")], "none.jsonl")):
         monkeypatch.setattr(sys, "argv", ["data.py", "inspect", *arguments])
         with pytest.raises(SystemExit) as stopped:
-            config.main("data", {"inspect": report.inspect})
+            stages.main("data", {"inspect": report.inspect})
         printed = capsys.readouterr().err
         assert stopped.value.code == 2 and said in printed and len(printed.strip().splitlines()) == 1

@@ -11,6 +11,7 @@ from PIL import Image
 
 import config
 import data
+import distill
 import model as M
 import sft
 
@@ -221,10 +222,11 @@ def test_row_p_times_g_plus_g_is_completion_g_of_prompt_p(tiny, prompts):
 def test_texts_are_the_same_whatever_the_slices_and_few_prompts_are_encoded_at_a_time(tiny, samples, monkeypatch):
     model, processor = tiny
     parts = [data.build_prompt(s, "think") for s in samples] * 4  # 48
-    whole, sizes, generate = M.generate_texts(model, processor, parts, data.THINK, 1, 6, 0.0), [], M.generate
+    own, few, sizes, generate = config.Evaluate(max_new_tokens=6), config.Evaluate(max_new_tokens=6, batch_rows=2), [], M.generate
+    whole = distill.generate_texts(model, processor, parts, own, data.THINK)
     monkeypatch.setattr(M, "generate", lambda m, p, prompts, *how, **more: sizes.append(len(prompts)) or generate(m, p, prompts, *how, **more))
-    assert M.generate_texts(model, processor, parts, data.THINK, 1, 6, 0.0, batch_rows=2) == whole and sizes == [32, 16]
-    two, one = (M.generate_texts(model, processor, parts[:3], "", group, 6, 0.0, batch_rows=2) for group in (2, 1))
+    assert distill.generate_texts(model, processor, parts, few, data.THINK) == whole and sizes == [8] * 6
+    two, one = (distill.generate_texts(model, processor, parts[:3], few, group_size=group) for group in (2, 1))
     assert two[::2] == two[1::2] == one
 
 

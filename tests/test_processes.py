@@ -19,6 +19,7 @@ import evaluate
 import grpo
 import model as M
 import sft
+import stages
 
 OVERRIDES = [("grpo_direct.steps", "3"), ("grpo_direct.prompts_per_step", "6"), ("grpo_direct.random_order", "true"),
              ("grpo_direct.updates_per_rollout", "2"), ("cold_start.epochs", "1"), ("cold_start.micro_tokens", "600"), ("cold_start.replay", "0")]
@@ -29,8 +30,8 @@ def work(out: Path, *jobs) -> None:
     settings = config.load_settings("smoke", OVERRIDES)
     for job in jobs:
         settings.run.shard = settings.cold_start.gradient_checkpointing = job.endswith("shard")
-        if job in config.STAGES:
-            config.do_stage(job, settings, out, "")
+        if job in stages.STAGES:
+            stages.do_stage(job, settings, out, "")
         elif job.startswith(("policy", "cold_start")):
             (out / job).mkdir(exist_ok=True)
             grpo.run("grpo_direct", settings, out / job) if job.startswith("policy") else sft.run("cold_start", settings, out / job)
@@ -134,9 +135,9 @@ def test_micro_batches_of_all_processes_are_as_many_and_none_is_too_long(monkeyp
 
 
 if __name__ == "__main__":
-    config.join_processes()
+    stages.join_processes()
     try:
         work(Path(sys.argv[1]), *sys.argv[2:])
     except config.UserError as error:
-        config.give_up(str(error))
+        stages.give_up(str(error))
     config.wait_for_all()

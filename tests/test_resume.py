@@ -23,6 +23,7 @@ from safetensors.torch import load_file
 
 import config
 import sft
+import stages
 
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(["distill", "evaluate", "grpo", "rejection", "report", "sft", "shapes"])
@@ -158,7 +159,7 @@ def stopped(tmp_path) -> tuple:
         (tmp_path / stage / "pool.jsonl").write_text('{"id": "1"}\n')
     settings, folder = config.load_settings("smoke", []), tmp_path / "grpo"
     folder.mkdir()
-    config.begin("grpo", settings, folder, "python grpo.py", False)
+    stages.begin("grpo", settings, folder, "python grpo.py", False)
     for name in ("grpo.1.0.state", "metrics.jsonl", "grpo.2.0.state.tmp"):
         (folder / name).write_text("x\n")
     return settings, folder
@@ -168,7 +169,7 @@ LEFT = {"begun.json", "grpo.1.0.state", "metrics.jsonl"}
 
 
 def test_the_same_command_goes_on_and_what_was_half_written_is_not_read(stopped):
-    config.begin("grpo", stopped[0], stopped[1], "python grpo.py", False)
+    stages.begin("grpo", stopped[0], stopped[1], "python grpo.py", False)
     assert set(os.listdir(stopped[1])) == LEFT
 
 
@@ -184,22 +185,22 @@ def test_a_stage_begun_otherwise_is_refused_with_what_changed_until_it_is_put_ba
     shutil.copytree(folder.parent, backup)
     change(settings, folder.parent)
     with pytest.raises(config.UserError, match=f"{said.replace('5e3b', '')}.*or begin anew: python grpo.py --force"):
-        config.begin("grpo", settings, folder, "python grpo.py", False)
+        stages.begin("grpo", settings, folder, "python grpo.py", False)
     assert LEFT <= set(os.listdir(folder)), "nothing was touched"
-    config.begin("grpo", config.load_settings("smoke", []), backup / "grpo", "python grpo.py", False)
+    stages.begin("grpo", config.load_settings("smoke", []), backup / "grpo", "python grpo.py", False)
     assert set(os.listdir(backup / "grpo")) == LEFT, "put back, it goes on"
-    config.begin("grpo", settings, folder, "python grpo.py", True)
+    stages.begin("grpo", settings, folder, "python grpo.py", True)
     assert os.listdir(folder) == ["begun.json"], "forced, it begins anew"
-    config.begin("grpo", settings, folder, "python grpo.py", False)
+    stages.begin("grpo", settings, folder, "python grpo.py", False)
 
 
 def test_settings_that_change_no_result_may_change_and_another_number_of_threads_is_said(stopped, capsys, monkeypatch):
     settings, folder = stopped
     settings.grpo.save_minutes, settings.grpo.max_skipped = 9.0, 3
-    config.begin("grpo", settings, folder, "", False)
+    stages.begin("grpo", settings, folder, "", False)
     assert capsys.readouterr().out == ""
     monkeypatch.setattr(torch, "get_num_threads", lambda: 77)
-    config.begin("grpo", settings, folder, "", False)
+    stages.begin("grpo", settings, folder, "", False)
     assert "goes on with 77: sums may differ in their last bits" in capsys.readouterr().out and set(os.listdir(folder)) == LEFT
 
 
