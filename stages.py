@@ -26,7 +26,7 @@ from safetensors import SafetensorError
 import config
 from config import ROOT, Settings, UserError, distributed, is_main, one_line, wait_for_all, world, write_text
 
-STAGES = {  # name: (script, stages whose output it reads, sections that shape its output)
+STAGES = {  # name: (script, stages whose output it reads, see `inputs`, sections that shape its output)
     "data": ("data", [], ["data"]),
     "base": ("sft", [], ["model", "base"]),
     "distill": ("distill", ["data"], ["distill"]),
@@ -34,8 +34,8 @@ STAGES = {  # name: (script, stages whose output it reads, sections that shape i
     "rejection": ("rejection", ["data", "cold_start"], ["rejection"]),
     "rejection_sft": ("sft", ["cold_start", "rejection"], ["rejection_sft"]),
     "direct_sft": ("sft", ["base", "rejection"], ["direct_sft"]),
-    "grpo": ("grpo", ["rejection_sft", "rejection", "data"], ["grpo"]),
-    "grpo_direct": ("grpo", ["base", "data"], ["grpo_direct"]),
+    "grpo": ("grpo", ["data"], ["grpo"]),
+    "grpo_direct": ("grpo", ["data"], ["grpo_direct"]),
     "evaluate": ("evaluate", ["data", "base", "direct_sft", "grpo_direct", "cold_start", "rejection_sft", "grpo"], ["evaluate"]),
 }
 ROWS = [  # of the stage table, the paper's and one control: (name, checkpoint, mode)
@@ -64,12 +64,20 @@ def checkpoint(stage: str, settings: Settings, out: Path) -> str:
     return str(ROOT / settings.model.path) if (ROOT / settings.model.path).is_dir() else settings.model.path
 
 
+def inputs(stage: str, settings: Settings) -> list:
+    """The stages whose output `stage` reads; GRPO's settings say what it starts from and which samples it takes."""
+    if STAGES[stage][0] != "grpo":
+        return STAGES[stage][1]
+    own = getattr(settings, stage)
+    return [own.start] + ["rejection"] * (own.data != "pool") + STAGES[stage][1]
+
+
 def made_of(stage: str, settings: Settings, out: Path) -> dict:
     """What decides the result of a stage, by name: its settings, which runs of the stages it reads, and the rows that these wrote."""
-    _, inputs, sections = STAGES[stage]
-    facts = {f"{section}.{key}": value for section in sections for key, value in config.shaping(getattr(settings, section)).items()}
-    rows = {f"{s}/{file.name}": hashlib.sha256(file.read_bytes()).hexdigest()[:16] for s in inputs for file in (out / s).glob("*.jsonl")}
-    return facts | rows | {"run.seed": settings.run.seed} | {s: made_by(s, out) for s in inputs}
+    read = inputs(stage, settings)
+    facts = {f"{section}.{key}": value for section in STAGES[stage][2] for key, value in config.shaping(getattr(settings, section)).items()}
+    rows = {f"{s}/{file.name}": hashlib.sha256(file.read_bytes()).hexdigest()[:16] for s in read for file in (out / s).glob("*.jsonl")}
+    return facts | rows | {"run.seed": settings.run.seed} | {s: made_by(s, out) for s in read}
 
 
 def is_done(stage: str, settings: Settings, out: Path) -> bool:
@@ -77,9 +85,9 @@ def is_done(stage: str, settings: Settings, out: Path) -> bool:
     return read_facts(out / stage / "done.json").get("made_of") == made_of(stage, settings, out)
 
 
-def plan(targets: list) -> list:
+def plan(targets: list, settings: Settings) -> list:
     """The stages to have for `targets`, each after the ones it reads."""
-    return list(dict.fromkeys(stage for target in targets for stage in plan(STAGES[target][1]) + [target]))
+    return list(dict.fromkeys(stage for target in targets for stage in plan(inputs(target, settings), settings) + [target]))
 
 
 def begin(stage: str, settings: Settings, folder: Path, again: str, anew: bool) -> None:
@@ -227,7 +235,7 @@ def run_stages(default_stage: str, arguments: list) -> None:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UserError(f"another process is at work in {out}: wait for it, or give another --out")
-        for step in plan(STAGES[stage][1] if explaining else ["data", stage, "evaluate"] if whole else [stage]):
+        for step in plan(inputs(stage, settings) if explaining else ["data", stage, "evaluate"] if whole else [stage], settings):
             if not is_done(step, settings, out) or ("--force" in options and step == stage):
                 do_stage(step, settings, out, command, "--force" in options and step == stage)
             else:

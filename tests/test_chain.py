@@ -84,6 +84,15 @@ def test_a_repeated_stage_makes_what_was_built_on_it_stale(chain, tmp_path):
     assert [line.split(":")[0] for line in done.stdout.splitlines() if line.startswith("== ")] == ["== cold_start"]
 
 
+def test_grpo_reads_what_its_settings_name_and_that_is_made_first(tmp_path):
+    order = lambda *changes: stages.plan(["grpo", "grpo_direct"], config.load_settings("smoke", list(changes)))
+    assert order() == ["base", "data", "distill", "cold_start", "rejection", "rejection_sft", "grpo", "grpo_direct"]
+    assert order(("grpo.start", "direct_sft"), ("grpo.data", "pool")) == ["base", "data", "distill", "cold_start", "rejection", "direct_sft", "grpo", "grpo_direct"]
+    assert order(("grpo.start", "base"), ("grpo.data", "pool")) == ["base", "data", "grpo", "grpo_direct"]
+    reads = stages.made_of("grpo", config.load_settings("smoke", [("grpo.start", "direct_sft")]), tmp_path)
+    assert {"direct_sft", "rejection", "data"} < set(reads) and "rejection_sft" not in reads
+
+
 def test_filters_sort_by_label_and_lose_nothing(chain):
     out, _ = chain
     pool = {s.id: s for s in data.read_samples(out / "data" / "pool.jsonl")}
