@@ -20,6 +20,8 @@ import data
 import stages
 from evaluate import interval, pair_scores
 
+KEYS = [(title, f"{stage}-{mode}") for title, stage, mode in stages.ROWS]
+CURVES = ("reward_accuracy", "reward_format", "reward_consistency", "kl", "entropy", "length", "zero_variance_share")
 COLUMNS = ("split", "id", "swapped", "task", "mode", "label", "answer", "format_ok", "sums_ok", "consistent", "scores_right", "facts_right")
 STUDENT = (12.71, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)  # t at 97.5%, 1 to 9 degrees of freedom; more seeds take the last
 PAPER = {  # accuracy as printed: VLRewardBench, GenAI-Bench image and video (diff), VideoGen-RewardBench (diff)
@@ -38,35 +40,42 @@ REASONING = {  # of one judgement; the last two: a right verdict although a scor
 
 
 def read_run(path: Path) -> dict:
-    """{STAGE-MODE: rows of its judgements} of a run folder or of a file written by `keep`."""
-    keys = [f"{stage}-{mode}" for _, stage, mode in stages.ROWS]
-    if path.is_dir():
-        files = {key: path / "evaluate" / f"{key}.jsonl" for key in keys}
-        return {key: list(data.read_jsonl(file)) for key, file in files.items() if file.is_file()}
-    rows = {}
-    try:
-        for key, *cells in map(json.loads, gzip.decompress(path.read_bytes()).splitlines()):
-            rows.setdefault(key, []).append(dict(zip(COLUMNS, cells, strict=True)))
-    except (OSError, EOFError, ValueError, TypeError) as error:
-        raise config.UserError(f"cannot read {path}: {error}; runs are folders, or files that --keep wrote")
-    return rows
-
-
-def keep(run: dict, file: Path) -> None:
-    """The judgements without their texts, one JSON list a line; the same bytes for the same run."""
-    short = lambda value: round(value, 4) if isinstance(value, float) else value
-    lines = "".join(json.dumps([key] + [short(row[c]) for c in COLUMNS]) + "\n" for key, rows in run.items() for row in rows)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_bytes(gzip.compress(lines.encode(), mtime=0))
-
-
-def settings_of(path: Path) -> dict:
-    """{"section.key": value} of all finished stages of a run folder."""
-    found = {}
+    """A run folder, or a file written by `keep`, as {STAGE-MODE: rows of its judgements, "settings": {section.key: value}, "curves": {metric of
+    GRPO: its value at every step}}."""
+    if not path.is_dir():
+        try:
+            head, *lines = map(json.loads, gzip.decompress(path.read_bytes()).splitlines())
+            run = {"settings": head["settings"], "curves": head["curves"]}
+            for key, *cells in lines:
+                run.setdefault(key, []).append(dict(zip(COLUMNS, cells, strict=True)))
+            return run
+        except (OSError, EOFError, ValueError, TypeError, KeyError) as error:
+            raise config.UserError(f"cannot read {path}: {config.one_line(error)}; runs are folders, or files that --keep wrote")
+    settings = {}
     for file in sorted(path.glob("*/done.json")):
         for section, values in stages.read_facts(file).get("settings", {}).items():
-            found |= {f"{section}.{key}": value for key, value in values.items()}
-    return found
+            settings |= {f"{section}.{key}": value for key, value in values.items()}
+    metrics = path / "grpo" / "metrics.jsonl"
+    steps = list(data.read_jsonl(metrics)) if metrics.is_file() else []
+    files = {key: path / "evaluate" / f"{key}.jsonl" for key in (key for _, key in KEYS)}
+    return {"settings": settings, "curves": {name: [row[name] for row in steps] for name in CURVES},
+            **{key: list(data.read_jsonl(file)) for key, file in files.items() if file.is_file()}}
+
+
+def keep(run: dict, file: Path, plain: dict | None = None) -> None:
+    """Settings, curves, and the judgements without their texts, one JSON list a line; the same bytes for the same run. What is judged as in the
+    run `plain`, of which this one is a changed copy, is left out."""
+    short = lambda value: round(value, 4) if isinstance(value, float) else value
+    head = {"settings": run["settings"], "curves": {name: [short(value) for value in values] for name, values in run["curves"].items()}}
+    rows = [[key] + [short(row[c]) for c in COLUMNS] for _, key in KEYS if not plain or differs(run, plain, key) for row in run[key]]
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_bytes(gzip.compress("".join(json.dumps(line) + "\n" for line in [head, *rows]).encode(), mtime=0))
+
+
+def differs(run: dict, plain: dict, key: str) -> bool:
+    """Whether a row of the stage table was judged by another checkpoint in the two runs, as far as its judgements show."""
+    said = lambda rows: [(row["split"], row["id"], row["swapped"], row["answer"], row["scores_right"]) for row in rows]
+    return key in run and said(run[key]) != said(plain[key])
 
 
 # ------------------------------------------------------------------------------------------------------------ statistics
@@ -87,9 +96,9 @@ def per_pair(run: dict, key: str, split: str = "test", task: str = "all", **valu
     return pair_scores([row for row in run[key] if row["split"] == split and task in (row["task"], "all")], **value)
 
 
-def gain(runs: list, after: str, before: str, task: str = "all", split: str = "test") -> list:
-    """For each seed the differences of its pairs: right after - right before."""
-    both = [(per_pair(run, after, split, task), per_pair(run, before, split, task)) for run in runs]
+def gain(runs: list, after: str, before: str, task: str = "all", split: str = "test", than: list = ()) -> list:
+    """For each seed the differences of its pairs: right after - right before, the latter in the runs `than` if they are given."""
+    both = [(per_pair(run, after, split, task), per_pair(other, before, split, task)) for run, other in zip(runs, than or runs)]
     return [np.array([one[k] - two[k] for k in one]) for one, two in both]
 
 
@@ -131,8 +140,7 @@ def markdown(heads: list, lines: list) -> str:
 def stage_table(runs: list, split: str) -> str:
     """Accuracy of every stage by task, mean over seeds and interval; the paper's figures, of its four benchmarks, in the last column."""
     lines = []
-    for name, stage, mode in stages.ROWS:
-        key = f"{stage}-{mode}"
+    for name, key in KEYS:
         cells = [cell([per_pair(run, key, split, task).values() for run in runs]) for task in (*data.TASKS, "all")]
         lines.append([name, *cells, " / ".join(map(str, PAPER.get(key, "-")))])
     return markdown(["", *(task.replace("_", " ") for task in data.TASKS), "mean", "paper"], lines)
@@ -142,34 +150,38 @@ def reasoning_cells(runs: list, key: str) -> list:
     return [cell([per_pair(run, key, value=value).values() for run in runs]) for value in REASONING.values()]
 
 
-def changes_table(named: dict, folders: dict) -> str:
-    """One row for each WHAT of the runs named seedN-WHAT: the full model, against the plain runs of the same seeds."""
+def changes_table(named: dict) -> str:
+    """The runs named seedN-WHAT against the plain ones of the same seeds: for each WHAT the rows of the stage table that it changes."""
     lines, changed = [], sorted({name.partition("-")[2] for name in named} - {""})
     for what in changed:
-        both = {name: name.partition("-")[0] for name in named if name.partition("-")[2] == what}
-        ours, plain = (settings_of(folders[name]) if name in folders else {} for name in list(both.items())[0])
-        flags = " ".join(f"--{key} {value}" for key, value in ours.items() if plain.get(key) != value)
-        runs = [named[name] for name in both]
-        difference = [np.subtract(*(list(per_pair(named[name], "grpo-think").values()) for name in pair)) for pair in both.items()]
-        lines.append([what, f"`{flags}`", len(both), cell([per_pair(run, "grpo-think").values() for run in runs]), cell(difference, "+")]
-                     + reasoning_cells(runs, "grpo-think"))
-    return "One thing changed, the full model on the test pairs\n\n" + markdown(
-        ["changed", "settings", "seeds", "accuracy", "difference", *REASONING], lines) if lines else ""
+        runs = [run for name, run in named.items() if name.partition("-")[2] == what]
+        seeds = [named[name.partition("-")[0]] for name in named if name.partition("-")[2] == what]
+        ours, plain = runs[0]["settings"], seeds[0]["settings"]
+        flags = " ".join(f"--{key} {json.dumps(value).strip(chr(34))}" for key, value in ours.items() if plain.get(key) != value)
+        for title, key in KEYS[:-1]:  # the last is another look at the full model
+            if all(differs(run, seed, key) for run, seed in zip(runs, seeds)):
+                accuracy, change = [per_pair(run, key).values() for run in runs], gain(runs, key, key, than=seeds)
+                reasoning = reasoning_cells(runs, key) if key.endswith("think") else ["-"] * len(REASONING)
+                lines.append([what, f"`{flags}`", len(runs), title, cell(accuracy), cell(change, "+"), *reasoning])
+    return "What was changed, on the test pairs\n\n" + markdown(
+        ["changed", "settings", "seeds", "row of the stage table", "accuracy", "difference", *REASONING], lines) if lines else ""
 
 
 def table(options) -> None:
     """Tables of several runs (folders, or files that --keep wrote): claims, stages, reasoning, and what changed settings do."""
     paths = [Path(name) for name in options.runs]
     named = {path.name.partition(".")[0]: read_run(path) for path in paths}
-    for name, run in named.items():
-        if missing := [f"{stage}-{mode}" for _, stage, mode in stages.ROWS if f"{stage}-{mode}" not in run]:
-            raise config.UserError(f"{name}: no judgements {missing[0]}; finish the run with python grpo.py, or give other runs")
-        if options.keep:
-            keep(run, Path(options.keep) / f"{name}.jsonl.gz")
-    plain = [run for name, run in named.items() if "-" not in name]
     if alone := [name for name in named if name.partition("-")[0] not in named]:
         raise config.UserError(f"{alone[0]} is compared with {alone[0].partition('-')[0]}: give that run too")
-    found, rows = claims(plain), [(name, f"{stage}-{mode}") for name, stage, mode in stages.ROWS if mode == "think"]
+    for name, path in zip(named, paths):
+        seed = named[name.partition("-")[0]]
+        named[name] = run = named[name] if path.is_dir() else seed | named[name]  # what was kept of a changed run is what differs
+        if missing := [key for _, key in KEYS if key not in run]:
+            raise config.UserError(f"{name}: no judgements {missing[0]}; finish the run with python grpo.py, or give other runs")
+        if options.keep:
+            keep(run, Path(options.keep) / f"{name}.jsonl.gz", seed if "-" in name else None)
+    plain = [run for name, run in named.items() if "-" not in name]
+    found, rows = claims(plain), [(title, key) for title, key in KEYS if key.endswith("think")]
     points = lambda scope, e: f"{scope.replace('_', ' ')} {100 * e[0]:+.1f} [{100 * e[1]:+.1f}, {100 * e[2]:+.1f}]"
     lines = [[name, what, "<br>".join(points(*one) for one in scopes), decision(scopes)] for name, what, scopes in found]
     over = f"mean over {len(plain)} seeds and 95% interval" if len(plain) > 1 else "one seed, 95% interval over its pairs"
@@ -177,7 +189,7 @@ def table(options) -> None:
     print("Accuracy % on the test pairs, both orders\n\n" + stage_table(plain, "test"))
     print("Accuracy % on colour-shape pairs never trained on\n\n" + stage_table(plain, "heldout"))
     print("The reasoning on the test pairs, %\n\n" + markdown(["", *REASONING], [[name, *reasoning_cells(plain, key)] for name, key in rows]))
-    print(changes_table(named, {path.name: path for path in paths if path.is_dir()}))
+    print(changes_table(named))
     if options.json:
         spans = lambda scopes: {scope: dict(zip(("mean", "low", "high"), e)) for scope, e in scopes}
         made = [{"claim": name, "measures": what, "decision": decision(scopes), "differences": spans(scopes)} for name, what, scopes in found]

@@ -22,7 +22,7 @@ def row(task, number, answer, mode="think", split="test", swapped=False, scores_
 def make_run(right: dict) -> dict:
     """A run of 10 pairs per task in both splits of which, by key of the stage table, so many are judged right."""
     return {f"{stage}-{mode}": [row(task, k, 1 if k < right.get(f"{stage}-{mode}", 5) else 2, mode, split) for task in data.TASKS for split in ("test", "heldout")
-                                for k in range(10)] for _, stage, mode in stages.ROWS}
+                                for k in range(10)] for _, stage, mode in stages.ROWS} | {"settings": {}, "curves": {}}
 
 
 def test_interval_over_seeds_is_students_t():
@@ -80,12 +80,14 @@ def test_command_prints_the_same_from_folders_and_from_what_it_kept(tmp_path, ca
     changed = write_folder(tmp_path / "seed1-beta0", make_run({"grpo-think": 7}), {"run": {"seed": 1}, "grpo": {"beta": 0.0}})
     evaluate.command_line("table", [*plain, changed, "--keep", str(tmp_path / "kept"), "--json", str(tmp_path / "results.json")])
     printed = capsys.readouterr().out
-    assert "| beta0 | `--grpo.beta 0.0` | 1 | 70.0 [" in printed and "| -20.0 [" in printed  # against seed1 alone, where 90 are right
+    assert "| beta0 | `--grpo.beta 0.0` | 1 | + GRPO (full) | 70.0 [" in printed and "| -20.0 [" in printed  # against seed1 alone, where 90 are right
     assert "mean over 2 seeds" in printed and "| + GRPO (full) | 85.0 [" in printed
     assert json.loads((tmp_path / "results.json").read_text())["runs"] == ["seed0", "seed1", "seed1-beta0"]
-    evaluate.command_line("table", [str(tmp_path / "kept" / f"seed{k}.jsonl.gz") for k in (0, 1)])
-    again = capsys.readouterr().out
-    assert again.strip() == printed[: printed.index("One thing changed")].strip()
+    assert printed.count("| beta0 |") == 1, "a row for what was judged by another checkpoint, and none for the rest"
+    files = [tmp_path / "kept" / f"{name}.jsonl.gz" for name in ("seed0", "seed1", "seed1-beta0")]
+    assert files[2].stat().st_size < files[1].stat().st_size / 2
+    evaluate.command_line("table", [str(file) for file in files])
+    assert capsys.readouterr().out == printed
 
 
 def test_mistakes_are_named(tmp_path):
