@@ -43,8 +43,8 @@ def shaping(section) -> dict:
 @dataclass
 class Run:
     seed: int = setting(0, "moves the world, the data order and the sampling", allowed=(0, 2**62))
-    threads: int = setting(0, "CPU threads of torch; 0 leaves torch's own choice", allowed=(0, 4096))
-    shard: bool = setting(False, "under torchrun: each process keeps a part of weights, gradients and Adam's moments (FSDP2)")
+    threads: int = setting(0, "CPU threads of torch; 0 leaves torch's own choice", False, (0, 4096))
+    shard: bool = setting(False, "under torchrun: each process keeps a part of weights, gradients and Adam's moments (FSDP2)", False)
 
 
 @dataclass

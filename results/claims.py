@@ -51,10 +51,10 @@ def read_run(path: Path) -> dict:
             return run
         except (OSError, EOFError, ValueError, TypeError, KeyError) as error:
             raise config.UserError(f"cannot read {path}: {config.one_line(error)}; runs are folders, or files that --keep wrote")
-    settings = {}
+    settings, shaping = {}, {s.name: config.shaping(s.default_factory()) for s in config.dataclasses.fields(config.Settings)}
     for file in sorted(path.glob("*/done.json")):
         for section, values in stages.read_facts(file).get("settings", {}).items():
-            settings |= {f"{section}.{key}": value for key, value in values.items()}
+            settings |= {f"{section}.{key}": value for key, value in values.items() if key in shaping[section]}
     metrics = path / "grpo" / "metrics.jsonl"
     steps = list(data.read_jsonl(metrics)) if metrics.is_file() else []
     files = {key: path / "evaluate" / f"{key}.jsonl" for key in (key for _, key in KEYS)}
