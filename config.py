@@ -138,8 +138,8 @@ class Distill(Server):
 class Rejection(Server):
     endpoint: str = setting("", "server (vLLM: http://HOST:8000/v1) that has the judge as cold_start; empty runs it here", False, f"({URL})?")
     temperature: float = setting(1.0, "sampling temperature of the judge")
-    select: str = setting("correct", "what is learnt: correct (the paper); consistent: of these, whose sums add up and lead to the verdict; random: as "
-                          "many as are correct, right or wrong (a control)", allowed="correct|consistent|random")
+    select: str = setting("correct", "learnt: correct (the paper); consistent: if sums also add up and lead to the verdict; random: as many by chance",
+                          allowed="correct|consistent|random")
     batch_rows: int = setting(256, "completions decoded together; changes memory and speed", False)
 
 

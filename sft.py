@@ -160,8 +160,8 @@ def train(model, processor, examples: list, settings: config.SFT, folder: Path, 
             loss.backward()
             total += loss.item()
         totals = finish_update(optimizer, {"loss": total}, settings)
-        config.log(folder, {"phase": label, "step": step + 1, "loss": round(totals["loss"], 5), "lr": rate, "grad_norm": round(totals["grad_norm"], 4),
-                            "skipped": totals["skipped"], "tokens": tokens, "seconds": round(time.time() - started, 2)})
+        row = {"phase": label, "step": step + 1, "loss": round(totals["loss"], 5), "lr": rate, "grad_norm": round(totals["grad_norm"], 4)}
+        config.log(folder, row | {"skipped": totals["skipped"], "tokens": tokens, "seconds": round(time.time() - started, 2)})
 
 
 @torch.no_grad()
@@ -199,7 +199,8 @@ def build_base(settings: config.Settings, folder: Path) -> str:
     tokenizer = shapes.train_tokenizer([all_text(example) for example in practice], settings.model.vocab_size)
     model, processor = shapes.build_small(settings.model, tokenizer)
     skill, once = config.dataclasses.replace(base, epochs=1.0, lr=base.simple_lr), config.dataclasses.replace(base, epochs=1.0)
-    phases = [(name, skill) for name, *_ in shapes.SKILLS] + [("practice", base)] + [(name, once) for name, *_ in shapes.COMPARISONS] + [("consolidation", base)]
+    phases = [(name, skill) for name, *_ in shapes.SKILLS] + [("practice", base)]
+    phases += [(name, once) for name, *_ in shapes.COMPARISONS] + [("consolidation", base)]
     begun = [k for k, (phase, _) in enumerate(phases) if any(folder.glob(f"base: {phase}.*.0.state"))]
     for phase, own in phases[max(begun, default=0) :]:  # a state has all that was learnt before it
         train(model, processor, data.read_conversations(folder / f"{phase}.jsonl"), own, folder, phase, f"base: {phase}")
@@ -238,7 +239,8 @@ def run(stage: str, settings: config.Settings, folder: Path) -> str:
             return f"starts from {settings.model.path}"
         return build_base(settings, folder)
     start, examples = start_and_examples(stage, settings, folder.parent)
-    count = round(own.replay * len(examples))  # comparisons close the think block without a verdict: replayed, they would keep the other tasks from the format
+    count = round(own.replay * len(examples))
+    # Comparisons close the think block without a verdict: replayed, they would keep the other tasks from the format.
     replayed = practice_examples(settings, folder, count, without="compare") if count else []
     model, processor = M.load(start, shard=settings.run.shard)
     train(model, processor, examples + replayed, own, folder, f"{settings.run.seed}/{stage}", stage)
