@@ -103,7 +103,7 @@ def gain(runs: list, after: str, before: str, task: str = "all", split: str = "t
 
 
 def claims(runs: list) -> list:
-    """[(claim, what is measured, [(scope, (mean, low, high))])]; see `decision`."""
+    """The paper's, and what each stage adds. [(claim, what is measured, [(scope, (mean, low, high))])]; see `decision`."""
     tasks, others = data.TASKS, [task for task in data.TASKS if task != "image_generation"]
     rise = lambda after, before, scopes: [(scope, estimate(gain(runs, after, before, scope))) for scope in scopes]
     well_formed = lambda row: row["format_ok"] - 0.8
@@ -115,7 +115,10 @@ def claims(runs: list) -> list:
             ("C4", "the format carries over: well-formed answers of the cold start on tasks it had no data of - 80%", formed),
             ("C5", "implicit reasoning: full model answering directly - base direct", rise("grpo-answer", "base-answer", ["all"])),
             ("C6", "GRPO without CoT gains little: half of the full model's gain - its gain",
-             [("all", estimate([0.5 * one - two for one, two in zip(full, direct)]))])]
+             [("all", estimate([0.5 * one - two for one, two in zip(full, direct)]))]),
+            ("2", "stage 2 adds: rejection SFT - cold start", rise("rejection_sft-think", "cold_start-think", ["all"])),
+            ("3", "stage 3 adds: GRPO - rejection SFT", rise("grpo-think", "rejection_sft-think", ["all"])),
+            ("1-3", "all of it: full model - base direct", rise("grpo-think", "base-answer", ["all"]))]
 
 
 def decision(found: list) -> str:

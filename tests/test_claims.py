@@ -64,6 +64,7 @@ def test_claims_of_known_runs():
     assert mean("C1") == {"all": 0.1} and mean("C2") == dict.fromkeys(data.TASKS, 0.2) and mean("C3") == dict.fromkeys(data.TASKS, 0.2)
     assert mean("C4") == dict.fromkeys([t for t in data.TASKS if t != "image_generation"], 0.2)
     assert mean("C5") == {"all": 0.0} and mean("C6") == {"all": 0.1}  # half of 40 points, less 10
+    assert mean("2") == {"all": 0.3} and mean("3") == {"all": 0.2} and mean("1-3") == {"all": 0.4}
     assert [claims.decision(found[name]) for name in ("C1", "C2", "C3", "C4", "C5", "C6")] == ["holds"] * 4 + ["undecided", "holds"]
 
 
