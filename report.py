@@ -42,7 +42,10 @@ CURVES = {  # metric of metrics.jsonl: unit of its y axis
 def read_rows(path: Path) -> list:
     """Rows of a JSON lines file that may be growing: the line that is just being written, without its end, is left out."""
     whole = path.read_bytes().rpartition(b"\n")[0] if path.is_file() else b""
-    return [json.loads(line) for line in whole.decode().split("\n") if line]
+    try:
+        return [json.loads(line) for line in whole.split(b"\n") if line]
+    except ValueError as error:
+        raise config.UserError(f"{path} is damaged: {config.one_line(error)}; make its stage again with --force, or delete the file")
 
 
 def read_results(out: Path) -> list:
