@@ -249,5 +249,8 @@ def inspect(arguments: list) -> None:
 
 if __name__ == "__main__":
     if len(sys.argv) != 2 or not Path(sys.argv[1]).is_dir():
-        sys.exit(print("error: python report.py RUN_FOLDER", file=sys.stderr) or 2)
-    print(write(Path(sys.argv[1])))
+        stages.give_up("python report.py RUN_FOLDER")
+    try:
+        print(write(Path(sys.argv[1])))
+    except (config.UserError, OSError) as error:
+        stages.give_up(config.one_line(error))

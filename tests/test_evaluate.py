@@ -551,3 +551,6 @@ def test_the_report_is_written_from_a_run_that_is_still_going(world, samples, tm
         assert said["right"] and said["scores"] == [[name, truth, truth] for name, truth in sample.scores.items()]
         assert pair["facts"] == [[name, [list(fact) for fact in zip(sample.scores[name], sample.reasons[name])]] for name in sample.scores]
         assert len(pair["media"]) == len(sample.media) and all(item["src"].startswith("data:image/png;base64,") for item in pair["media"])
+    (out / "grpo" / "metrics.jsonl").write_text(steps[0] + steps[1][:9] + "\n" + steps[2])
+    done = subprocess.run([sys.executable, ROOT / "report.py", out], capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.startswith(f"error: {out / 'grpo' / 'metrics.jsonl'} is damaged") and done.stderr.count("\n") == 1
