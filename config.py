@@ -18,10 +18,6 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-# How long torch's threads wait for each other awake, some 0.1 ms. Asleep at once, two were hardly faster than one here; awake for longer, they
-# are several times slower beside another busy process, which has the core that one of them waits for.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-os.environ.setdefault("GOMP_SPINCOUNT", "3000")
 ROOT = Path(__file__).resolve().parent
 NAME, URL, STAGE = "[A-Z0-9_]*", r"https?://[^\s/@?#]+(/[^\s@?#]*)?", "(base|cold_start|rejection_sft|direct_sft|grpo|grpo_direct)"  # of settings
 
@@ -131,14 +127,14 @@ class Distill(Server):
     price_in: float = setting(2.5, "price of a million prompt tokens, in the unit of max_cost (default: gpt-4o in US dollars)", shapes=False)
     price_out: float = setting(10.0, "price of a million reply tokens, in the unit of max_cost (default: gpt-4o in US dollars)", shapes=False)
     error_rate: float = setting(0.1, "share of its judgements in which the scripted teacher scores a dimension wrongly", allowed=(0, 1))
-    scores: bool = setting(True, "false: the scripted teacher reasons without scores and sums (with grpo.consistency_weight 0)")
+    scores: bool = setting(True, "false: the scripted teacher reasons without scores and sums (then no consistency_weight, gated, select consistent)")
 
 
 @dataclass
 class Rejection(Server):
     endpoint: str = setting("", "server (vLLM: http://HOST:8000/v1) that has the judge as cold_start; empty runs it here", False, f"({URL})?")
     temperature: float = setting(1.0, "sampling temperature of the judge")
-    select: str = setting("correct", "learnt: correct (the paper); consistent: if sums also add up and lead to the verdict; random: as many by chance",
+    select: str = setting("correct", "learnt: correct (the paper); consistent: if sums also lead to the verdict; random: as many by chance",
                           allowed="correct|consistent|random")
     batch_rows: int = setting(256, "completions decoded together; changes memory and speed", False)
 

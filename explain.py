@@ -92,7 +92,8 @@ def explain_grpo(stage: str, settings: config.Settings, out: Path) -> None:
     for k, text in enumerate(texts):
         says = data.parse_verdict(text, sample.task).answer
         print(f"{k + 1:>10}{''.join(f'{reward[0, k]:>13.3g}' for reward in rewards.values())}{total[0, k]:>8.2f}{advantages[0, k]:>+8.2f}   {says}")
-    print(f"\nmean R {total.mean():.3f}, std {total.std():.3f}: A = {'(R - mean) / (std + 1e-4)' if own.scale_by_std else 'R - mean'}")
+    print(f"\nmean R {total.mean():.3f}, std {total.std():.3f}: A = {'(R - mean) / (std + 1e-4)' if own.scale_by_std else 'R - mean'}"
+          + " (gated: accuracy counts where consistency is 1)" * own.gated)
     best = int(advantages.argmax())
     score = torch.no_grad()(lambda: M.completion_logprobs(model, processor, prompts, made.ids, made.lengths, own.temperature))
     old = score()  # before its first update the policy is its own reference

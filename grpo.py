@@ -12,8 +12,8 @@ The value of this loss says nothing: with one update per rollout rho = 1, the ad
 times a tiny KL (only weighed by lengths, as `normalise` token and constant do, the advantages leave something). Its *gradient* is that of
 REINFORCE with the group's mean as baseline. Watch the rewards instead.
 
-Departures from the paper, both off unless the settings say so: pairs are shown in either order (random_order), and a third reward is for sums
-that add up and a verdict that follows from them (consistency_weight).
+Departures from the paper, all off unless the settings say so: pairs are shown in either order (random_order); rewards for sums that add up and
+a verdict that follows from them (consistency_weight) and for right scores (dimension_weight); accuracy that counts only with the former (gated).
 Departures from the official code: (1) denominators are those of the whole update, fixed before the micro-batch loop. (2) A group of
 equal rewards gets advantages of exactly 0. (3) The format reward wants the whole text to match: nothing after </answer>. (4)
 Log-probabilities are those of the distribution that was sampled. (5) The prompt is run once per group, for the update as for the rollout.
@@ -172,7 +172,9 @@ def training_samples(own: config.GRPO, out: Path) -> list:
     if not samples:
         raise config.UserError(f"{out / files[own.data]} is empty: there is nothing to train on")
     if own.dimension_weight and not all(sample.scores for sample in samples):
-        raise config.UserError("grpo.dimension_weight needs the true scores of every pair, which only the small world knows; set it to 0")
+        raise config.UserError("dimension_weight needs the true scores of every pair, which only the small world knows; set it to 0")
+    if own.mode == "answer" and (own.consistency_weight or own.dimension_weight or own.gated):
+        raise config.UserError("mode answer has no reasoning that consistency_weight, dimension_weight or gated could look at; leave them out")
     return samples
 
 

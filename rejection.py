@@ -5,7 +5,8 @@ wrongly, or without keeping the format, is left for GRPO, where there is still s
 
     python rejection.py --config small
 
-Writes correct.jsonl (SFT schema: correct and well-formed), wrong.jsonl (GRPO schema: wrong or malformed) and yield.json.
+Writes correct.jsonl (SFT schema: correct and well-formed), wrong.jsonl (GRPO schema: wrong or malformed) and yield.json. `select`, for controls,
+puts others into the former: only those whose sums lead to the verdict (the rest goes to the latter), or as many drawn by chance.
 """
 
 import json
@@ -39,7 +40,7 @@ def run(stage: str, settings: config.Settings, folder: Path) -> str:
     for sample, text, is_good, is_learnt in zip(samples, texts, good, learnt):
         verdict = data.parse_verdict(text, sample.task)
         counts[sample.task]["pairs"] += 1
-        counts[sample.task]["correct"] += is_good
+        counts[sample.task]["correct"] += distill.why_dropped(text, sample) is None
         counts[sample.task]["malformed"] += not (verdict.format_ok and verdict.answer is not None)
         correct += [data.sft_row(sample, "think", text)] * is_learnt
         wrong += [data.sample_row(sample) | {"judged": text}] * (not is_good)
@@ -49,7 +50,9 @@ def run(stage: str, settings: config.Settings, folder: Path) -> str:
     for task, count in counts.items():
         share = count["correct"] / max(1, count["pairs"])
         print(f"   {task:<22} {count['correct']:>5} of {count['pairs']} correct ({share:.1%}), {count['malformed']} malformed")
-    return f"{len(correct)} correct -> SFT, {len(wrong)} wrong or malformed -> GRPO"
+    chosen, left = {"correct": ("correct", "wrong or malformed"), "consistent": ("correct and consistent", "others"),
+                    "random": ("drawn by chance", "wrong or malformed")}[own.select]
+    return f"{len(correct)} {chosen} -> SFT, {len(wrong)} {left} -> GRPO"
 
 
 if __name__ == "__main__":

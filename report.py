@@ -33,8 +33,9 @@ QUALITY = {  # metric of evaluate.summarise: its column
     "format_ok": "format", "sums_ok": "sums right", "consistent": "follows", "scores_right": "scores right", "facts_right": "facts right",
     "orders_agree": "orders agree", "first_chosen": "first chosen", "unreadable": "unreadable"}
 CURVES = {  # metric of metrics.jsonl: unit of its y axis
-    "loss": "nats per token", "reward_accuracy": "share", "reward_format": "share", "reward_consistency": "share", "kl": "nats per token",
-    "length": "tokens", "entropy": "nats per token", "zero_variance_share": "share", "clip_share": "share", "grad_norm": "before clipping"}
+    "loss": "nats per token", "reward_accuracy": "share", "reward_format": "share", "reward_consistency": "share", "reward_dimension": "share",
+    "kl": "nats per token", "length": "tokens", "entropy": "nats per token", "zero_variance_share": "share", "clip_share": "share",
+    "grad_norm": "before clipping"}
 
 # ---------------------------------------------------------------------------------------------------------------- reading
 

@@ -129,7 +129,7 @@ def do_stage(stage: str, settings: Settings, out: Path, command: str, anew: bool
     if is_main() and stage != "evaluate":  # evaluate keeps its judgements and knows which of them are still valid
         begin(stage, settings, folder, again, anew)
     elif is_main() and anew:  # evaluate --force judges again
-        for mark in folder.glob("*-*.json"):
+        for mark in [*folder.glob("*-*.json"), *folder.glob("*.texts")]:
             mark.unlink()
     wait_for_all()
     torch.manual_seed(int.from_bytes(hashlib.sha256(f"{settings.run.seed}/{stage}".encode()).digest()[:4], "big"))
@@ -229,6 +229,8 @@ def run_stages(default_stage: str, arguments: list) -> None:
     whole = stage in ("grpo", "evaluate")  # the last stages of the paper: end with the table
     if (explaining := "--explain" in options) and STAGES[stage][0] not in ("sft", "rejection", "grpo"):
         raise UserError(f"--explain is for sft.py, rejection.py and grpo.py, not for {stage}")
+    if explaining and world()[1] > 1:
+        raise UserError("--explain shows one process; leave torchrun out")
     out.mkdir(parents=True, exist_ok=True)
     with open(out / f"lock{os.environ.get('RANK', '0')}", "w") as lock:  # the system lets go of it when the process ends, however that ends
         try:

@@ -10,6 +10,7 @@ A difference is taken within a seed, on the same pairs. With a single seed its i
 """
 
 import gzip
+import hashlib
 import json
 from pathlib import Path
 
@@ -45,7 +46,7 @@ def read_run(path: Path) -> dict:
     if not path.is_dir():
         try:
             head, *lines = map(json.loads, gzip.decompress(path.read_bytes()).splitlines())
-            run = {"settings": head["settings"], "curves": head["curves"]}
+            run = {"settings": head["settings"], "curves": head["curves"], "copy_of": head.get("copy_of")}
             for key, *cells in lines:
                 run.setdefault(key, []).append(dict(zip(COLUMNS, cells, strict=True)))
             return run
@@ -67,14 +68,21 @@ def keep(run: dict, file: Path, plain: dict | None = None) -> None:
     run `plain`, of which this one is a changed copy, is left out."""
     short = lambda value: round(value, 4) if isinstance(value, float) else value
     head = {"settings": run["settings"], "curves": {name: [short(value) for value in values] for name, values in run["curves"].items()}}
+    head |= {"copy_of": fingerprint(plain)} if plain else {}
     rows = [[key] + [short(row[c]) for c in COLUMNS] for _, key in KEYS if not plain or differs(run, plain, key) for row in run[key]]
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_bytes(gzip.compress("".join(json.dumps(line) + "\n" for line in [head, *rows]).encode(), mtime=0))
 
 
+def fingerprint(run: dict) -> str:
+    """Of all that was judged in a run, as `keep` keeps it."""
+    said = [[row["id"], row["swapped"], row["answer"]] for _, key in KEYS for row in run[key]]
+    return hashlib.sha256(json.dumps(said).encode()).hexdigest()[:16]
+
+
 def differs(run: dict, plain: dict, key: str) -> bool:
     """Whether a row of the stage table was judged by another checkpoint in the two runs, as far as its judgements show."""
-    said = lambda rows: [(row["split"], row["id"], row["swapped"], row["answer"], row["scores_right"]) for row in rows]
+    said = lambda rows: [(row["split"], row["id"], row["swapped"], row["answer"]) for row in rows]
     return key in run and said(run[key]) != said(plain[key])
 
 
@@ -173,7 +181,9 @@ def changes_table(named: dict) -> str:
 def table(options) -> None:
     """Tables of several runs (folders, or files that --keep wrote): claims, stages, reasoning, and what changed settings do."""
     paths = [Path(name) for name in options.runs]
-    named = {path.name.partition(".")[0]: read_run(path) for path in paths}
+    named = {path.name.removesuffix(".jsonl.gz"): read_run(path) for path in paths}
+    if len(named) < len(paths):
+        raise config.UserError("two of the runs have the same name; the name says which seed and what was changed, so give one of them")
     if alone := [name for name in named if name.partition("-")[0] not in named]:
         raise config.UserError(f"{alone[0]} is compared with {alone[0].partition('-')[0]}: give that run too")
     for name, path in zip(named, paths):
@@ -181,6 +191,10 @@ def table(options) -> None:
         named[name] = run = named[name] if path.is_dir() else seed | named[name]  # what was kept of a changed run is what differs
         if missing := [key for _, key in KEYS if key not in run]:
             raise config.UserError(f"{name}: no judgements {missing[0]}; finish the run with python grpo.py, or give other runs")
+        if any(row["scores_right"] is None for row in run["grpo-think"]):
+            raise config.UserError(f"{name} was tested on pairs whose true scores nobody knows; these tables are for the small world")
+        if run.get("copy_of") not in (None, fingerprint(seed)):
+            raise config.UserError(f"{path} is kept from a copy of another run than this {name.partition('-')[0]}: keep both again")
         if options.keep:
             keep(run, Path(options.keep) / f"{name}.jsonl.gz", seed if "-" in name else None)
     plain = [run for name, run in named.items() if "-" not in name]

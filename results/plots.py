@@ -31,9 +31,10 @@ def draw(axis, points: list, label: str, shift: float = 0.0) -> None:
     axis.errorbar(np.arange(len(points)) + shift, mean, [mean - low, high - mean], marker="o", capsize=3, label=label)
 
 
-def finish(figure, axis, name: str) -> None:
-    axis.grid(alpha=0.3)
-    axis.spines[["top", "right"]].set_visible(False)
+def finish(figure, name: str) -> None:
+    for axis in figure.axes:
+        axis.grid(alpha=0.3)
+        axis.spines[["top", "right"]].set_visible(False)
     figure.savefig(HERE / f"{name}.svg", bbox_inches="tight", metadata={"Date": None})
     plt.close(figure)
 
@@ -44,7 +45,7 @@ def stages_plot(runs: list) -> None:
         draw(axis, [percents([per_pair(run, key, task=task).values() for run in runs]) for key in STAGES], task.replace("_", " "), 0.06 * (k - 1.5))
     axis.set(xticks=range(len(STAGES)), xticklabels=STAGES.values(), ylabel="accuracy %, both orders", title=f"Every stage, mean of {len(runs)} seeds and 95% interval")
     axis.legend(frameon=False)
-    finish(figure, axis, "stages")
+    finish(figure, "stages")
 
 
 def reasoning_plot(runs: list) -> None:
@@ -55,9 +56,8 @@ def reasoning_plot(runs: list) -> None:
         draw(axis, [percents([per_pair(run, key, value=value).values() for run in runs]) for key in thinking], name)
     for axis, title in zip(axes, ("right, % of the judgements", "verdict and scores disagree, %")):
         axis.set(xticks=range(len(thinking)), xticklabels=[STAGES[key] for key in thinking], title=title)
-        axis.grid(alpha=0.3)
         axis.legend(frameon=False)
-    finish(figure, axes[1], "reasoning")
+    finish(figure, "reasoning")
 
 
 def curves_plot(runs: list) -> None:
@@ -70,7 +70,7 @@ def curves_plot(runs: list) -> None:
         axis.fill_between(steps, smooth.min(0), smooth.max(0), alpha=0.2, color=line.get_color(), linewidth=0)
     axis.set(xlabel=f"step (mean of the last {PASS})", title=f"GRPO on the wrong samples: mean and range of {len(runs)} seeds")
     axis.legend(frameon=False)
-    finish(figure, axis, "grpo")
+    finish(figure, "grpo")
 
 
 def changes_plot(named: dict) -> None:
@@ -87,13 +87,13 @@ def changes_plot(named: dict) -> None:
     axis.errorbar(mean, range(len(order)), xerr=[mean - low, high - mean], fmt="o", capsize=3)
     axis.axvline(0, color="grey", linewidth=1)
     axis.set(yticks=range(len(order)), yticklabels=order, title="Full model, points of accuracy against the plain run")
-    finish(figure, axis, "changes")
+    finish(figure, "changes")
 
 
 if __name__ == "__main__":
     plt.rcParams |= {"svg.fonttype": "none", "svg.hashsalt": "results", "font.family": "sans-serif"}
     files = sorted(HERE.glob("seed*.jsonl.gz"), key=lambda file: [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", file.name)])
-    named = {file.name.partition(".")[0]: read_run(file) for file in files}
+    named = {file.name.removesuffix(".jsonl.gz"): read_run(file) for file in files}
     named = {name: named[name.partition("-")[0]] | run for name, run in named.items()}
     plain = [run for name, run in named.items() if "-" not in name]
     assert all(key in run for run in plain for _, key in KEYS)

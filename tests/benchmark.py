@@ -49,7 +49,7 @@ from pathlib import Path
 from unittest.mock import patch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import config  # before torch: it says how idle threads wait
+import config
 
 import numpy
 import torch

@@ -105,6 +105,37 @@ def test_mistakes_are_named(tmp_path):
         claims.table(argparse.Namespace(runs=[str(tmp_path / "seed1.jsonl.gz")], keep="", json=""))
 
 
+def test_a_kept_run_beside_a_folder_differs_only_where_it_was_judged_otherwise(tmp_path, capsys):
+    run = make_run({"grpo-think": 8})
+    for key in run.keys() - {"settings", "curves"}:
+        run[key] = [one | {"scores_right": 1 / 3} for one in run[key]]
+    plain = write_folder(tmp_path / "seed0", run, {"grpo": {"beta": 0.04}})
+    (tmp_path / "seed0" / "grpo").mkdir()
+    steps = [dict.fromkeys(claims.CURVES, 0.123456) for _ in range(3)]
+    data.write_jsonl(tmp_path / "seed0" / "grpo" / "metrics.jsonl", steps)
+    evaluate.command_line("table", [plain, "--keep", str(tmp_path / "kept")])
+    kept = claims.read_run(tmp_path / "kept" / "seed0.jsonl.gz")
+    assert kept["settings"] == {"grpo.beta": 0.04} and kept["curves"] == {name: [0.1235] * 3 for name in claims.CURVES}
+    write_folder(tmp_path / "seed0-same", run, {"grpo": {"beta": 0.04}})
+    changed = write_folder(tmp_path / "seed0-beta0.1", make_run({"grpo-think": 7}), {"grpo": {"beta": 0.1}})
+    capsys.readouterr()
+    evaluate.command_line("table", [str(tmp_path / "kept" / "seed0.jsonl.gz"), str(tmp_path / "seed0-same"), changed, "--keep", str(tmp_path / "kept")])
+    printed = capsys.readouterr().out
+    assert "| beta0.1 | `--grpo.beta 0.1` | 1 | + GRPO (full) |" in printed and "| same |" not in printed
+    write_folder(tmp_path / "again" / "seed0", make_run({"grpo-think": 6}), {})
+    for runs, says in (([str(tmp_path / "again" / "seed0"), str(tmp_path / "kept" / "seed0-beta0.1.jsonl.gz")], "kept from a copy of another run"),
+                       ([plain, str(tmp_path / "kept" / "seed0.jsonl.gz")], "two of the runs have the same name")):
+        with pytest.raises(config.UserError, match=says):
+            claims.table(argparse.Namespace(runs=runs, keep="", json=""))
+
+
+def test_runs_without_known_scores_are_refused(tmp_path):
+    run = make_run({})
+    run["grpo-think"][0]["scores_right"] = None
+    with pytest.raises(config.UserError, match="seed0 was tested on pairs whose true scores nobody knows"):
+        claims.table(argparse.Namespace(runs=[write_folder(tmp_path / "seed0", run, {})], keep="", json=""))
+
+
 def test_a_changed_run_without_the_run_of_its_seed_is_named(tmp_path):
     folders = [write_folder(tmp_path / name, make_run({}), {}) for name in ("seed0", "seed5-beta0")]
     with pytest.raises(config.UserError, match="seed5-beta0 is compared with seed5"):

@@ -295,6 +295,14 @@ def test_rewards_are_weighted_and_accuracy_may_depend_on_the_reasoning(gated, ex
     assert grpo.total_reward({name: torch.tensor([values]) for name, values in rewards.items()}, own).tolist() == [expected]
 
 
+@pytest.mark.parametrize("changes, says", [({"mode": "answer", "gated": True}, "mode answer has no reasoning"), ({"dimension_weight": 1.0}, "true scores")])
+def test_rewards_that_nothing_could_earn_are_refused(tmp_path, samples, changes, says):
+    (tmp_path / "rejection").mkdir()
+    data.write_jsonl(tmp_path / "rejection" / "wrong.jsonl", [{key: value for key, value in data.sample_row(s).items() if key != "scores"} for s in samples])
+    with pytest.raises(config.UserError, match=says):
+        grpo.training_samples(config.GRPO(**changes), tmp_path)
+
+
 # --------------------------------------------------------------------------------------------------- one update of a model
 
 
