@@ -56,6 +56,7 @@ def reasoning_plot(runs: list) -> None:
         draw(axis, [percents([per_pair(run, key, value=value).values() for run in runs]) for key in thinking], name)
     for axis, title in zip(axes, ("right, % of the judgements", "verdict and scores disagree, %")):
         axis.set(xticks=range(len(thinking)), xticklabels=[STAGES[key] for key in thinking], title=title)
+        axis.margins(y=0.25)
         axis.legend(frameon=False)
     finish(figure, "reasoning")
 
