@@ -241,6 +241,12 @@ def parse_verdict(text: str, task: str) -> Verdict:
     return Verdict(answer, format_ok, scores, reasons, totals, sums_ok, follows)
 
 
+def share_right(found: dict, truth: dict) -> float | None:
+    """The share of a Verdict's scores or reasons that equal a Sample's; None where the truth is not known."""
+    right = [found.get(dimension, {}).get(k) == value for dimension, pair in truth.items() for k, value in enumerate(pair, 1)]
+    return sum(right) / len(right) if right else None
+
+
 # ------------------------------------------------------------------------------------------------------------------ files
 
 

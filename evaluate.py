@@ -101,12 +101,11 @@ def judge(model, processor, samples: list, mode: str, own: config.Evaluate, allo
     rows = []
     for (sample, swapped), text in zip([one for one in asked for _ in range(votes or 1)], texts):
         verdict = data.parse_verdict(text, sample.task)
-        cells = [(d, k) for d in sample.scores for k in (1, 2)]
-        got = lambda found, truth: np.mean([found.get(d, {}).get(k) == truth[d][k - 1] for d, k in cells]) if cells else None
         read = {name: getattr(verdict, name) for name in ("answer", "format_ok", "sums_ok", "consistent", "totals", "scores")}
         rows.append({"id": sample.id, "swapped": swapped, "task": sample.task, "mode": mode, "label": sample.label, "text": text, **read,
                      "margin": verdict.totals[1] - verdict.totals[2] if len(verdict.totals) == 2 else None,
-                     "scores_right": got(verdict.scores, sample.scores), "facts_right": got(verdict.reasons, sample.reasons)})
+                     "scores_right": data.share_right(verdict.scores, sample.scores),
+                     "facts_right": data.share_right(verdict.reasons, sample.reasons)})
     return rows
 
 

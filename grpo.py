@@ -106,9 +106,8 @@ def rewards_of(text: str, sample: data.Sample, mode: str) -> dict:
     verdict = data.parse_verdict(text, sample.task)
     format_ok = verdict.format_ok if mode == "think" else bool(re.fullmatch(r"<answer>[^<]*</answer>", text))
     accurate = verdict.answer is not None and verdict.answer == sample.label
-    right = [verdict.scores.get(dimension, {}).get(k) == score for dimension, pair in sample.scores.items() for k, score in enumerate(pair, 1)]
     return {"format": float(format_ok), "accuracy": float(accurate), "consistency": float(verdict.consistent),
-            "dimension": sum(right) / max(1, len(right))}
+            "dimension": data.share_right(verdict.scores, sample.scores) or 0.0}
 
 
 # -------------------------------------------------------------------------------------------------------- rollout and update

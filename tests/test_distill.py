@@ -424,20 +424,26 @@ def test_pictures_are_sent_as_they_are_or_scaled_to_the_limit_and_clips_frame_by
 # -------------------------------------------------------------------------------------------------- checkpoints that are served
 
 
-def test_rejection_takes_its_judgements_from_a_server(samples, world, tmp_path, serve):
+@pytest.fixture
+def pool_folder(world, tmp_path):
+    """A run folder whose pool is to be judged by a cold-started model."""
     (tmp_path / "data").symlink_to(world)
     (tmp_path / "rejection").mkdir()
     (tmp_path / "cold_start").mkdir()
     (tmp_path / "cold_start" / "done.json").write_text('{"id": "cold_start 1"}')
     pool = tmp_path / "data" / "pool.jsonl"
     pool.write_bytes((world / "pairs.jsonl").read_bytes())
+    yield tmp_path
+    pool.unlink()
+
+
+def test_rejection_takes_its_judgements_from_a_server(samples, pool_folder, tmp_path, serve):
     judged_right = {s.id for s in samples[::2]}
     reply = lambda s: right(s if s.id in judged_right else s.swapped()).removeprefix(data.THINK)  # the prompt has opened <think>
     server = serve(samples, lambda attempt, s, body: completion(reply(s)))
     settings = config.Settings()
     settings.rejection = config.Rejection(endpoint=server.url, max_new_tokens=140, temperature=0.9)
     rejection.run("rejection", settings, tmp_path / "rejection")
-    pool.unlink()
     correct, wrong = (data.read_jsonl(tmp_path / "rejection" / f"{name}.jsonl") for name in ("correct", "wrong"))
     assert {row["id"] for row in correct} == judged_right and {row["id"] for row in wrong} == {s.id for s in samples} - judged_right
     assert all(row["conversations"][1]["value"].startswith(data.THINK) for row in correct) and all(row["judged"].startswith(data.THINK) for row in wrong)
@@ -449,13 +455,7 @@ def test_rejection_takes_its_judgements_from_a_server(samples, world, tmp_path, 
     assert server.asked() == {s.id: 1 for s in samples}
 
 
-def test_what_is_learnt_is_what_was_right_or_also_well_reasoned_or_as_many_by_chance(samples, world, tmp_path, serve):
-    (tmp_path / "data").symlink_to(world)
-    (tmp_path / "rejection").mkdir()
-    (tmp_path / "cold_start").mkdir()
-    (tmp_path / "cold_start" / "done.json").write_text('{"id": "cold_start 1"}')
-    pool = tmp_path / "data" / "pool.jsonl"
-    pool.write_bytes((world / "pairs.jsonl").read_bytes())
+def test_what_is_learnt_is_what_was_right_or_also_well_reasoned_or_as_many_by_chance(samples, pool_folder, tmp_path, serve):
     wrong, badly = {s.id for s in samples[::3]}, {s.id for s in samples[1::3]}  # the latter with a verdict that their sums do not lead to
     spoil = lambda text: re.sub(r"=(\d+)\.", lambda m: f"={int(m[1]) + 1}.", text)
     reply = lambda s: right(s.swapped()) if s.id in wrong else spoil(right(s)) if s.id in badly else right(s)
@@ -465,7 +465,6 @@ def test_what_is_learnt_is_what_was_right_or_also_well_reasoned_or_as_many_by_ch
         rejection.run("rejection", settings, tmp_path / "rejection")
         made, left = ([row["id"] for row in data.read_jsonl(tmp_path / "rejection" / f"{name}.jsonl")] for name in ("correct", "wrong"))
         assert set(left) == kept_back and (set(made) == learnt if learnt else len(made) == len(ids - wrong) and set(made) & wrong and set(made) < ids)
-    pool.unlink()
 
 
 @pytest.mark.parametrize("mode", ["think", "answer"])
