@@ -9,6 +9,7 @@ Both share work the same way: the prompt, which is mostly image, is run once, an
 cache. `completion_logprobs(..., share_prompt=False)` is the plain form, one full sequence per row; the tests hold the two together.
 """
 
+import contextlib
 import functools
 import json
 from dataclasses import dataclass, field
@@ -39,6 +40,7 @@ SENTINEL = "\ue000"  # stands for one piece of user text while the chat template
 BACKBONES = ("qwen2_5_vl", "qwen3_vl", "llava_onevision")
 LANGUAGE_WEIGHTS = ("model.language_model.", "lm_head.")
 VISION_WEIGHTS = ("model.visual.", "model.vision_tower.", "model.multi_modal_projector.", "model.image_newline")
+PIECE = 2**25  # logits that are in memory at a time, as scores are taken: 128 MB in fp32
 SAFE = {"trust_remote_code": False, "use_safetensors": True}  # a checkpoint is data: neither its code nor its pickles are run
 KEPT_FILES = ("processor_config.json", "video_preprocessor_config.json", "chat_template.json")  # of a real checkpoint, for other programs
 
@@ -104,7 +106,7 @@ def gather_weights(model, whole: bool) -> None:
     """Of a model that was spread, every process holds all weights from here on, or again its part: sampling runs each process as long as its own
     completions take, and layers fetched on the way would have to be asked for by all at once."""
     for part in [part for part in model.modules() if isinstance(part, FSDPModule)]:
-        part.set_reshard_after_forward(not whole, recurse=False)
+        part.set_reshard_after_forward(not whole and part is not model, recurse=False)  # the head is used after the model's forward
         part.unshard() if whole else part.reshard()
 
 
@@ -263,11 +265,23 @@ def banned_ids(model, tokenizer) -> torch.Tensor:
     return torch.tensor(sorted({*map(find, VISION), own.image_token_id, own.video_token_id} - {None}))
 
 
-def token_logprobs(logits: torch.Tensor, ids: torch.Tensor, banned: torch.Tensor, temperature: float) -> torch.Tensor:
-    """log softmax(logits / T) at `ids`, in fp32, without the banned tokens: exactly the distribution `generate` samples from.
-    logits [..., V], ids [...] -> [...]"""
-    logits = (logits.float() / temperature).index_fill(-1, banned, float("-inf"))
-    return logits.gather(-1, ids[..., None])[..., 0] - logits.logsumexp(-1)
+def token_logprobs(logits: torch.Tensor, ids: torch.Tensor, banned: torch.Tensor, temperature: float) -> tuple:
+    """log softmax(logits / T) at `ids`, in fp32, without the banned tokens: exactly the distribution `generate` samples from; and its
+    entropy, without gradient. logits [..., V], ids [...] -> [...], [...]"""
+    logits = (logits.float() / temperature).index_fill_(-1, banned, float("-inf"))
+    logprobs = logits.gather(-1, ids[..., None])[..., 0] - logits.logsumexp(-1)
+    with torch.no_grad():
+        return logprobs, torch.special.entr(logits.softmax(-1)).sum(-1)  # entr(p) = -p log p
+
+
+@contextlib.contextmanager
+def headless(model):
+    """The model returns the last hidden states [B, L, d] in the place of logits."""
+    model.lm_head.forward = lambda hidden: hidden
+    try:
+        yield
+    finally:
+        del model.lm_head.forward
 
 
 @dataclass
@@ -353,8 +367,8 @@ def completion_logprobs(model, processor: Processor, prompts: list, ids: torch.T
 
     share_prompt: the prompt is run once, with gradient, and its G completions on top of its cache repeated G times; the gradient of
     every completion flows back into the one prompt pass. Otherwise prompt and completion are run as one sequence per row, the plain
-    form: same numbers, G times the prompt's cost. Only completion positions reach the vocabulary-sized logits. `with_entropy` adds the
-    per-token entropy of the sampling distribution [P * G, T], without gradient."""
+    form: same numbers, G times the prompt's cost. Only completion positions reach the vocabulary. `with_entropy` adds the per-token entropy
+    of the sampling distribution [P * G, T], without gradient."""
     device, tokenizer = device_of(model), processor.tokenizer
     banned = banned_ids(model, tokenizer).to(device)
     group_size, width = ids.shape[0] // len(prompts), ids.shape[1]
@@ -368,29 +382,29 @@ def completion_logprobs(model, processor: Processor, prompts: list, ids: torch.T
     positions = (start[:, None] + torch.arange(width, device=device)).expand(3, -1, -1)  # [3, B, T]
     prompt_mask = inputs["attention_mask"].repeat_interleave(group_size, 0)
     full_mask = torch.cat([prompt_mask, mask.long()], 1)
-    if share_prompt:
-        prefill = model(**inputs, use_cache=True, logits_to_keep=1)
-        cache = prefill.past_key_values
-        cache.batch_repeat_interleave(group_size)
-        logits = prefill.logits.repeat_interleave(group_size, 0)  # [B, 1, V] predicts the first completion token
-        if width > 1:
-            rest = model(input_ids=ids[:, :-1], attention_mask=full_mask[:, :-1], position_ids=positions[:, :, :-1],
-                         past_key_values=cache, use_cache=True)
-            logits = torch.cat([logits, rest.logits], 1)  # [B, T, V]
-    else:
-        inputs |= {"input_ids": torch.cat([inputs["input_ids"], ids], 1), "attention_mask": full_mask,
-                   "position_ids": torch.cat([inputs["position_ids"], positions], 2),
-                   "mm_token_type_ids": F.pad(inputs["mm_token_type_ids"], (0, width))}
-        logits = model(**inputs, use_cache=False, logits_to_keep=width + 1).logits[:, :-1]  # [B, T, V]
-    # Row by row and anew in backward: at 152,000 entries, the fp32 copies of eight rows of 2,048 tokens would be 10 GB each.
-    rows = [checkpoint(token_logprobs, *row, banned, temperature, use_reentrant=False) for row in zip(logits, ids)]
-    logprobs = torch.stack(rows).masked_fill(~mask, 0.0)
-    if not with_entropy:
-        return logprobs
-    with torch.no_grad():
-        log_p = ((row.float() / temperature).index_fill(-1, banned, float("-inf")).log_softmax(-1) for row in logits)
-        entropy = torch.stack([-(p.exp() * p.nan_to_num(neginf=0.0)).sum(-1) for p in log_p])
-    return logprobs, entropy.masked_fill(~mask, 0.0)
+    with headless(model):
+        if share_prompt:
+            prefill = model(**inputs, use_cache=True, logits_to_keep=1)
+            cache = prefill.past_key_values
+            cache.batch_repeat_interleave(group_size)
+            hidden = prefill.logits.repeat_interleave(group_size, 0)  # [B, 1, d] predicts the first completion token
+            if width > 1:
+                rest = model(input_ids=ids[:, :-1], attention_mask=full_mask[:, :-1], position_ids=positions[:, :, :-1],
+                             past_key_values=cache, use_cache=True)
+                hidden = torch.cat([hidden, rest.logits], 1)  # [B, T, d]
+        else:
+            inputs |= {"input_ids": torch.cat([inputs["input_ids"], ids], 1), "attention_mask": full_mask,
+                       "position_ids": torch.cat([inputs["position_ids"], positions], 2),
+                       "mm_token_type_ids": F.pad(inputs["mm_token_type_ids"], (0, width))}
+            hidden = model(**inputs, use_cache=False, logits_to_keep=width + 1).logits[:, :-1]  # [B, T, d]
+
+    # Piece by piece, and anew in backward: the logits of eight completions of 2,048 tokens, at 152,000 entries, would be 10 GB in fp32.
+    score = lambda states, ids: token_logprobs(model.lm_head(states), ids, banned, temperature)
+    size = max(1, PIECE // model.lm_head.weight.shape[0])
+    pieces = zip(hidden[mask].split(size), ids[mask].split(size))
+    made = zip(*[checkpoint(score, *piece, use_reentrant=False, preserve_rng_state=False) for piece in pieces])
+    logprobs, entropy = (torch.zeros(mask.shape, device=device).masked_scatter(mask, torch.cat(values)) for values in made)
+    return (logprobs, entropy) if with_entropy else logprobs
 
 
 # ---------------------------------------------------------------------------------------------------------- real backbones

@@ -241,14 +241,16 @@ def test_banned_tokens_are_never_sampled_and_carry_no_probability(tiny, prompts)
     made = M.generate(model, processor, prompts, 8, 20, seeds=range(8))
     assert not torch.isin(made.ids, banned).any()
     logits = torch.randn(9, 50)
-    everything = M.token_logprobs(logits[:, None].expand(-1, 50, -1), torch.arange(50).expand(9, -1), banned, 0.7)
+    everything = M.token_logprobs(logits[:, None].expand(-1, 50, -1), torch.arange(50).expand(9, -1), banned, 0.7)[0]
     assert (everything[:, banned] == float("-inf")).all() and torch.allclose(everything.exp().sum(1), torch.ones(9))
 
 
 def test_token_logprobs_by_hand():
     logits, banned = torch.tensor([[1.0, 3.0, 2.0, 9.0]]), torch.tensor([3])
     z = sum(math.exp(x / 0.5) for x in (1, 3, 2))
-    assert M.token_logprobs(logits, torch.tensor([2]), banned, 0.5).item() == pytest.approx(2 / 0.5 - math.log(z))
+    logprob, entropy = M.token_logprobs(logits, torch.tensor([2]), banned, 0.5)
+    assert logprob.item() == pytest.approx(2 / 0.5 - math.log(z))
+    assert entropy.item() == pytest.approx(-sum(math.exp(x / 0.5) / z * math.log(math.exp(x / 0.5) / z) for x in (1, 3, 2)))
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
