@@ -101,7 +101,7 @@ class Base(SFT):
     rebuild: bool = setting(False, "train the base anew in runs/NAME/base instead of starting from model.path")
     scenes: int = setting(8000, "pairs drawn for practice")
     rows_per_scene: int = setting(5, "exercises written on each of them")
-    simple: int = setting(12000, "exercises in the first single skill, naming; shapes.SKILLS says how many in the others", allowed=(0, 1e12))
+    simple: int = setting(12000, "exercises in the first single skill, naming; base.pretrain.SKILLS says how many in the others", allowed=(0, 1e12))
     simple_lr: float = setting(1e-3, "peak learning rate of the single skills; `lr` is that of the mixture")
     freeze_vision: bool = setting(False, "the base is where seeing is learnt")
 
@@ -231,7 +231,6 @@ def load_settings(config: str, overrides: list) -> Settings:
 
 
 # ------------------------------------------------------------------------------------------------------------- small tools
-
 
 def read_text(path) -> str:
     try:

@@ -17,6 +17,7 @@ or pairs of your own (a video is a file, a folder or a list of frames; label 0 i
 
 import json
 import os
+import pkgutil
 import random
 import re
 from dataclasses import dataclass, field, replace
@@ -35,14 +36,8 @@ DIMENSIONS = {  # paper, section 3.1: what each task is judged on, every dimensi
     "video_understanding": ("semantic accuracy", "correctness", "clarity"),
 }
 TASKS = tuple(DIMENSIONS)
-
-
-def is_video(task: str) -> bool:
-    return task.startswith("video")
-
-
-def is_generation(task: str) -> bool:
-    return task.endswith("generation")
+is_video = lambda task: task.startswith("video")
+is_generation = lambda task: task.endswith("generation")
 
 
 def candidate_noun(task: str) -> str:
@@ -136,7 +131,7 @@ def build_prompt(sample: Sample, mode: str, style: str = "short", allow_tie: boo
 
 
 def steps_text(task: str, dimensions, steps) -> str:
-    """Instruction of the short style. The base model practises pieces of the steps, never all four (see shapes.practice)."""
+    """Instruction of the short style. The base model practises pieces of the steps, never all four (see base.pretrain.practice)."""
     noun = candidate_noun(task)
     return f"Compare {noun} 1 and {noun} 2 on {', '.join(dimensions)}. Steps: {', '.join(steps)}."
 
@@ -153,7 +148,6 @@ def fill_template(template: str, sample: Sample, mode: str) -> str:
 
 
 # -------------------------------------------------------------------------------------------------------------- reasoning
-
 
 def write_items(noun: str, reasons: dict, scores: dict) -> str:
     """One numbered line per dimension; `noun` "Image" names the candidates "Image 1" and "Image 2" (one candidate: plain "Image")."""
@@ -249,16 +243,11 @@ def share_right(found: dict, truth: dict) -> float | None:
 
 # ------------------------------------------------------------------------------------------------------------------ files
 
-
 def to_text(parts: list) -> tuple:
     """Content parts -> (text with <image> and <video> placeholders, flat list of files), as the official schemas hold them."""
     text = "".join(part["text"] if part["type"] == "text" else f"<{part['type']}>" for part in parts)
     files = [item for part in parts if part["type"] != "text" for item in flat(part[part["type"]])]
     return text, files
-
-
-def flat(item) -> list:
-    return list(item) if isinstance(item, (list, tuple)) else [item]
 
 
 def from_text(text: str, files: list) -> list:
@@ -348,6 +337,7 @@ def row_conversation(row: dict, root: Path) -> tuple:
     return from_text(human, [str(root / file) for file in row.get("images", [])]), response
 
 
+flat = lambda item: list(item) if isinstance(item, (list, tuple)) else [item]
 read_jsonl = lambda path: read_rows(path, lambda row, _: row)  # the rows of a file as they are; a fault in one is fatal
 read_samples = lambda path: read_rows(path, row_sample)  # as Samples
 read_conversations = lambda path: read_rows(path, row_conversation)  # as [(content parts, response)]
@@ -365,7 +355,6 @@ def write_jsonl(path, rows) -> None:
 
 
 # ------------------------------------------------------------------------------------------------------- stage and sources
-
 
 def run(stage: str, settings: config.Settings, out: Path) -> str:
     """Reads each split from its sources, or draws it: the small world, whose two further tests go along with its own only."""
@@ -433,4 +422,4 @@ def write_sources(split: str, settings: config.Settings, out: Path) -> dict:
 
 
 if __name__ == "__main__":
-    stages.main("data", {"inspect": lambda arguments: config.importlib.import_module("report").inspect(arguments)})
+    stages.main("data", {"inspect": lambda arguments: pkgutil.resolve_name("results.sheet:inspect")(arguments)})

@@ -13,13 +13,10 @@ three-way accuracy, tau_calibrated = three-way accuracy when totals closer than 
 """
 
 import argparse
-import csv
 import functools
 import hashlib
-import importlib
 import json
-import math
-import re
+import pkgutil
 import sys
 from pathlib import Path
 
@@ -35,7 +32,6 @@ from media import fit_clips
 from report import SPLITS, percent
 
 # ---------------------------------------------------------------------------------------------------------------- metrics
-
 
 def interval(values: np.ndarray, seed: int = 0, draws: int = 1000) -> dict:
     """{"low", "high"}: 95% percentile bootstrap interval of the mean of `values` [pairs]; of [choices, pairs], a resample takes its best choice."""
@@ -84,7 +80,6 @@ def tie_metrics(rows: list) -> dict:
 
 
 # ---------------------------------------------------------------------------------------------------------------- judging
-
 
 def judge(model, processor, samples: list, mode: str, own: config.Evaluate, allow_tie: bool = False, label: str = "", orders: tuple = (False,),
           style: str = "short", template: str = "", votes: int = 0, file: Path | None = None) -> list:
@@ -175,134 +170,7 @@ def run(stage: str, settings: config.Settings, folder: Path) -> str:
     return f"{len(results)} rows"
 
 
-# ------------------------------------------------------------------------------------------------------------- benchmarks
-
-BENCHMARKS = {  # the released layouts: (task, keys of the prompt, the media, the answers and the label); "|" between spellings of one key
-    "vl_rewardbench": ("image_understanding", "query", ["image"], "response", "human_ranking"),  # JSON or parquet
-    "genai_image": ("image_generation", "prompt", ["left_image|image_left", "right_image|image_right"], "", "vote_type"),  # parquet
-    "genai_video": ("video_generation", "prompt", ["left_video|video_left", "right_video|video_right"], "", "vote_type"),  # JSON or parquet
-    "videogen_rewardbench": ("video_generation", "prompt", ["path_A", "path_B"], "", "Overall"),  # CSV
-    "sharegptvideo": ("video_understanding", "prompt", ["video"], "chosen|rejected", "")}  # JSON lines of the DPO release: the first is better
-LABELS = {"[0, 1]": 1, "[1, 0]": 2, "leftvote": 1, "rightvote": 2, "tievote": 0, "bothbad_vote": 0, "A": 1, "B": 2, "same": 0}
-
-
-def group_of(benchmark: str, key: str) -> str:
-    """The official groups of VLRewardBench, by the prefix of the id; other benchmarks have none."""
-    names = {"hallucination": ("hallucination", "RLAIF", "RLHF"), "reasoning": ("mathverse", "mmmu"), "general": ""}
-    return next(name for name in names if key.startswith(names[name])) if benchmark == "vl_rewardbench" else ""
-
-
-def find_media(value, video: bool, root="", cache: Path | None = None):
-    """Path of an image or a video. `value`: a path under `root`, or a parquet file's image, whose bytes go to `cache` once."""
-    path = cache / hashlib.sha256(value["bytes"]).hexdigest()[:24] if isinstance(value, dict) else Path(root, value)
-    if isinstance(value, dict) and not path.is_file():
-        cache.mkdir(exist_ok=True)
-        config.write_file(path, lambda stream: stream.write(value["bytes"]))
-    if video and not path.exists() and path.with_suffix("").is_dir():
-        path = path.with_suffix("")  # the frames of x.mp4 may stand in the folder x
-    return str(path.absolute())
-
-
-def benchmark_rows(file: Path):
-    try:
-        if file.suffix == ".parquet":
-            from pyarrow.parquet import ParquetFile
-            yield from (row for batch in ParquetFile(file).iter_batches(64) for row in batch.to_pylist())
-        else:
-            yield from csv.DictReader(open(file, encoding="utf-8-sig", newline="")) if file.suffix == ".csv" else data.read_jsonl(file)
-    except ImportError:
-        raise config.UserError(f"{file}: parquet is read with pyarrow; pip install pyarrow")
-    except (OSError, ValueError, csv.Error) as error:
-        raise config.UserError(f"cannot read {file}: {error}")
-
-
-def read_benchmark(name: str, paths: list, media: str | None = None) -> tuple:
-    """({id: sample}, [what is wrong with which row]) of files or their folder; images and videos stand there too, or in the folder `media`."""
-    (task, asked, shown, said, label), samples, broken, kinds = BENCHMARKS[name], {}, [], (".json", ".jsonl", ".csv", ".parquet")
-    for file in [f for path in map(Path, paths) for f in (sorted(f for f in path.iterdir() if f.suffix in kinds) if path.is_dir() else [path])]:
-        if not file.is_file():
-            raise config.UserError(f"no such file: {file}; name the .json, .jsonl, .csv or .parquet files of {name} after --path")
-        for number, row in enumerate(benchmark_rows(file), 1):
-            try:
-                found = [row[next((key for key in keys.split("|") if key in row), keys)] for keys in shown]
-                found = [find_media(value, data.is_video(task), media or file.parent, file.with_suffix(".media")) for value in found]
-                answers = row["response"] if said == "response" else [row[key] for key in said.split("|") if key]
-                prompt, key = re.sub(r"<(?:image|video)>\n?", "", row[asked]), str(row.get("id", ""))
-                key = f"{key}#{file.name}:{number}" if not key or key in samples else key  # some lists have no ids or repeat one
-                better = LABELS[str(row[label])] if label else 1
-                made = {"id": key, "task": task, "prompt": prompt, "media": found, "answers": answers, "label": better}
-                samples[key] = data.usable(made, file.parent, config.Data(media_within="/"))
-            except (LookupError, ValueError, TypeError, AttributeError, OSError, config.UserError) as error:
-                broken.append(f"{file}, row {number}: {type(error).__name__}: {error}")
-    if not samples:
-        raise config.UserError(f"{', '.join(paths)}: no row reads as {name}" + "".join(f"; {line}" for line in broken[:1]))
-    return samples, broken
-
-
-def benchmark_metrics(rows: list) -> dict:
-    """{"overall", each group, "macro" = mean of the groups, and with ties "diff", "tau", "tau_calibrated": {"accuracy", "low", "high", ...}}"""
-    groups = {name: [row for row in rows if row["group"] == name] for name in sorted({row["group"] for row in rows} - {""})}
-    made = {name: summarise(members) for name, members in {"overall": rows, **groups}.items()}
-    if groups:
-        scores = [np.array(list(pair_scores(members).values())) for members in groups.values()]
-        mean, share = np.mean([s.mean() for s in scores]), sum(map(len, scores)) / len(scores)
-        # A pair moves the macro mean by its distance from the mean of its group, the more the smaller the group.
-        made["macro"] = {"accuracy": round(float(mean), 4), **interval(np.concatenate([mean + (s - s.mean()) * share / len(s) for s in scores]))}
-    return made | (tie_metrics(rows) if any(row["label"] == 0 for row in rows) else {})
-
-
-def bench(options) -> None:
-    """Judges a benchmark, each pair in both orders; the same command goes on where it was stopped. FILE.json has the metrics, FILE.jsonl the
-    judgements. Broken rows are named, counted and left out; an unreadable output is wrong."""
-    samples, broken = read_benchmark(options.benchmark, options.path, options.media)
-    source, style, template, own, load = choose_model(options)
-    out = Path(options.out or config.ROOT / "runs" / "bench" / f"{options.benchmark}-{'-'.join(Path(source).parts[-2:])}-{options.mode}.json")
-    weights = [file.stat().st_mtime_ns for file in sorted(Path(source).glob("*.safetensors"))]
-    state = {"state": [{k: v for k, v in vars(options).items() if k not in ("out", "batch_rows", "key_variable")}, source, weights, style, template]}
-    if out.suffix != ".json" or (out.exists() and not out.read_bytes().startswith(json.dumps(state, indent=1)[:-2].encode())):
-        raise config.UserError(f"{out} is no .json file, or holds results of another model, benchmark or setting; give another --out")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    config.write_text(out, json.dumps(state, indent=1))
-    ties = any(sample.label == 0 for sample in samples.values())
-    texts = out.with_suffix(f".{hashlib.sha256(repr(samples).encode()).hexdigest()[:16]}.texts")
-    rows = judge(*load(out.with_suffix(".replies.jsonl")), list(samples.values()), options.mode, own, ties, options.benchmark, (False, True), style,
-                 template, file=texts)
-    rows = [row | {"group": group_of(options.benchmark, row["id"])} for row in rows]
-    data.write_jsonl(out.with_suffix(".jsonl"), rows)
-    cells = benchmark_metrics(rows)
-    config.write_text(out, json.dumps(state | {"broken": broken, "metrics": cells}, indent=1))
-    print("".join(f"left out: {line}\n" for line in broken) + f"{source}, {options.mode}: {len(broken)} broken rows left out; {out}")
-    print(f"{'%':<16}accuracy  95% interval   pairs  unreadable  orders agree")
-    for name, cell in cells.items():
-        unreadable, agree = percent(cell.get("unreadable")), percent(cell.get("orders_agree"))
-        span = f"[{percent(cell['low'])}, {percent(cell['high'])}]"
-        print(f"{name:<16}{percent(cell['accuracy']):>8}{span:>14}{cell.get('pairs', '-'):>8}{unreadable:>12}{agree:>14}")
-
-
-def mcnemar(first: int, second: int) -> float:
-    """Exact two-sided p of `first` against `second` discordant pairs: 2 P(X <= the smaller), X ~ Binomial(first + second, 1/2), at most 1."""
-    return min(1.0, 2 * sum(math.comb(first + second, k) for k in range(min(first, second) + 1)) / 2 ** (first + second))
-
-
-def compare(options) -> None:
-    """Two results over the same pairs: the difference of accuracies with its paired bootstrap interval, and exact McNemar on the pairs that
-    one of them judged better (where both orders were judged a pair can be half right, and this is the sign test)."""
-    read = lambda row, _: row | {key: row[key] for key in ("task", "id", "swapped", "label", "answer")}  # else it is no file of judgements
-    both = [data.read_rows(Path(name).with_suffix(".jsonl"), read) for name in options.results]
-    one, two = ({(row["task"], row["id"], row["swapped"], row["label"]) for row in rows} for rows in both)
-    if one != two or not one:
-        raise config.UserError(f"{' and '.join(options.results)} judge different pairs: {len(one)} and {len(two)} rows, {len(one & two)} in common")
-    print(f"A {options.results[0]}\nB {options.results[1]}\n{'%':<22}  pairs       A       B   B - A    95% interval  A only  B only         p")
-    scopes = [(key, name) for key in ("task", "group", "split") for name in sorted({row.get(key, "") for row in both[0]} - {""})]
-    for key, name in [("", "all")] + scopes:
-        a, b = (np.array([score for _, score in sorted(pair_scores([r for r in rows if r.get(key, "all") == name]).items())]) for rows in both)
-        span, worse, better = "[{low:+.1f}, {high:+.1f}]".format_map(interval(100 * (b - a))), int((b < a).sum()), int((b > a).sum())
-        print(f"{name:<22}{len(a):>7}{percent(a.mean()):>8}{percent(b.mean()):>8}{100 * (b - a).mean():>+8.1f}"
-              f"{span:>16}{worse:>8}{better:>8}{mcnemar(worse, better):>10.3g}")
-
-
 # ----------------------------------------------------------------------------------------------- judging pairs of one's own
-
 
 def choose_model(options) -> tuple:
     """(checkpoint, prompt style, prompt text, limits, a function that loads it or lets `judge` ask --endpoint, with replies kept in a file).
@@ -359,6 +227,17 @@ def ranking(pairs: list, results: list, names: list) -> list:
     return sorted(table, key=lambda row: (-row["points"], -row["total_margin"]))
 
 
+def find_media(value, video: bool, root="", cache: Path | None = None):
+    """Path of an image or a video. `value`: a path under `root`, or a parquet file's image, whose bytes go to `cache` once."""
+    path = cache / hashlib.sha256(value["bytes"]).hexdigest()[:24] if isinstance(value, dict) else Path(root, value)
+    if isinstance(value, dict) and not path.is_file():
+        cache.mkdir(exist_ok=True)
+        config.write_file(path, lambda stream: stream.write(value["bytes"]))
+    if video and not path.exists() and path.with_suffix("").is_dir():
+        path = path.with_suffix("")  # the frames of x.mp4 may stand in the folder x
+    return str(path.absolute())
+
+
 def judge_command(options) -> None:
     """Judges two candidates: once and in the order given, with --votes K times in each order; with --rank any number, each pair in both orders."""
     task, generation, video = options.task, data.is_generation(options.task), data.is_video(options.task)
@@ -395,14 +274,14 @@ OF_MODELS = {"--model": dict(help="checkpoint folder or hub name; the newest tra
              "--endpoint": dict(default="", help="server (vLLM: http://HOST:8000/v1) that has --model; without it the model is run here"),
              "--key-variable": dict(default="", help="NAME of the environment variable that holds the server's key"),
              "--max-new-tokens": dict(type=int, default=2048), "--batch-rows": dict(type=int, default=256, help="completions decoded together")}
-COMMANDS = {  # name: (function, options as argparse takes them)
-    "bench": (bench, {"--benchmark": dict(choices=BENCHMARKS, required=True), "--path": dict(nargs="+", required=True, help="files or folder"),
+COMMANDS = {  # name: (function, or where it is, options as argparse takes them)
+    "bench": ("results.bench:bench", {"--benchmark": dict(required=True, help="its name, see docs/real.md"), "--path": dict(nargs="+", required=True, help="files or folder"),
                       "--media": dict(help="folder of images, videos, frames"), "--out": dict(help="FILE.json"), **OF_MODELS}),
-    "compare": (compare, {"results": dict(nargs=2, help="FILE.json of a bench run or of a run's evaluate folder")}),
-    "table": (lambda options: importlib.import_module("results.claims").table(options), {
+    "compare": ("results.bench:compare", {"results": dict(nargs=2, help="FILE.json of a bench run or of a run's evaluate folder")}),
+    "table": ("results.claims:table", {
         "runs": dict(nargs="+", help="run folders named seedN or seedN-WHAT, or files made by --keep"),
         "--keep": dict(help="folder for the judgements without their texts, 70 KB a run"), "--json": dict(help="FILE.json for the claims")}),
-    "votes": (lambda options: importlib.import_module("results.votes").votes(options), {
+    "votes": ("results.votes:votes", {
         "run": dict(help="run folder, for instance runs/small"), "--votes": dict(type=int, default=15, help="judgements of each pair"),
         "--max-new-tokens": dict(type=int, default=160)}),
     "judge": (judge_command, {"media": dict(nargs="+", help="candidates, or what is asked about: images, folders of frames, frames of one video"),
@@ -416,6 +295,7 @@ def command_line(command: str, arguments: list) -> None:
     def refuse(message):
         raise config.UserError(message)
     run_command, options = COMMANDS[command]
+    run_command = run_command if callable(run_command) else pkgutil.resolve_name(run_command)
     parser = argparse.ArgumentParser(prog=f"evaluate.py {command}", description=run_command.__doc__, allow_abbrev=False)
     parser.error = refuse
     for name, how in options.items():

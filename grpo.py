@@ -37,7 +37,6 @@ from sft import batches, finish_update, learning_rate, optimizer_for
 
 # ---------------------------------------------------------------------------------------------------------- the mathematics
 
-
 def group_advantages(rewards: torch.Tensor, scale_by_std: bool = True, eps: float = 1e-4) -> torch.Tensor:
     """A = (R - mean) / (std + eps) within each group, unbiased std; `scale_by_std=False` is Dr. GRPO's A = R - mean. [P, G] -> [P, G]
 
@@ -53,13 +52,10 @@ def kl_estimate(logprobs: torch.Tensor, ref_logprobs: torch.Tensor, kind: str = 
     """Per-token estimate of KL(pi || pi_ref) from tokens sampled from pi (Schulman's k1, k2, k3), d = log pi_ref - log pi.
     k1 = -d is unbiased but its gradient has mean zero; k2 = d^2/2; k3 = exp(d) - d - 1 is unbiased and never negative."""
     d = ref_logprobs - logprobs
-    if kind == "k1":
-        return -d
-    if kind == "k2":
-        return d.square() / 2
-    if kind == "k3":
-        return d.exp() - d - 1
-    raise ValueError(f"kl is k1, k2 or k3, not {kind!r}")
+    kinds = {"k1": -d, "k2": d.square() / 2, "k3": d.exp() - d - 1}
+    if kind not in kinds:
+        raise ValueError(f"kl is k1, k2 or k3, not {kind!r}")
+    return kinds[kind]
 
 
 def grpo_loss(logprobs, old_logprobs, ref_logprobs, advantages, completion_mask, clip_low: float = 0.2, clip_high: float = 0.2,
@@ -99,7 +95,6 @@ def grpo_loss(logprobs, old_logprobs, ref_logprobs, advantages, completion_mask,
 
 # ---------------------------------------------------------------------------------------------------------------- rewards
 
-
 def rewards_of(text: str, sample: data.Sample, mode: str) -> dict:
     """The rewards of one completion, each from 0 to 1, kept apart so that they can be logged apart. Format and accuracy are the paper's; consistency
     asks for sums that add up and a verdict that follows from them; dimension is the share of scores that are right, 0 where no truth is known."""
@@ -111,7 +106,6 @@ def rewards_of(text: str, sample: data.Sample, mode: str) -> dict:
 
 
 # -------------------------------------------------------------------------------------------------------- rollout and update
-
 
 def encode_prompts(processor, model, samples: list, own: config.GRPO) -> list:
     """The prompts of `samples` as tensors, see model.encode."""
@@ -163,7 +157,6 @@ def update(model, processor, optimizer, prompts: list, made: M.Completions, adva
 
 
 # ------------------------------------------------------------------------------------------------------------------ stage
-
 
 def training_samples(own: config.GRPO, out: Path) -> list:
     files = {"wrong": "rejection/wrong.jsonl", "correct": "rejection/correct.jsonl", "pool": "data/pool.jsonl"}

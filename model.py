@@ -60,7 +60,6 @@ device_of = lambda model: next(model.parameters()).device
 
 # ----------------------------------------------------------------------------------------------------------- load and save
 
-
 def load(path: str, dtype: torch.dtype | None = None, shard: bool = False) -> tuple:
     """(model in eval mode, Processor) of one of BACKBONES, from a Hugging Face folder or hub name. bf16 on a GPU (sft.optimizer_for keeps fp32
     weights beside it); fp32 on the CPU, where bf16 is far slower, and for small models, which gain nothing. `shard`, under torchrun: this process
@@ -134,7 +133,6 @@ def freeze_vision(model) -> None:
 
 
 # ----------------------------------------------------------------------------------------------------- prompts to tensors
-
 
 def image_patches(processor: Processor, path: str, tiled: bool = True) -> tuple:
     """(patches [n, d], or tiles [n, 3, height, width]; grid [3]) of one file as its backbone takes them, fp32; a gigabyte is kept, as every
@@ -238,7 +236,6 @@ def collate(encoded: list, side: str, pad_id: int, device) -> dict:
 
 
 # --------------------------------------------------------------------------------------------------------------- sampling
-
 
 class PromptCache(DynamicLayer):
     """One layer's keys and values in memory allocated once: prompts repeated G times, then the completions, written in place. A cache
@@ -360,7 +357,6 @@ def generate(model, processor: Processor, prompts: list, group_size: int = 1, ma
 
 # ---------------------------------------------------------------------------------------------------------------- scoring
 
-
 def completion_logprobs(model, processor: Processor, prompts: list, ids: torch.Tensor, lengths: torch.Tensor, temperature: float = 1.0,
                         share_prompt: bool = True, with_entropy: bool = False):
     """log pi(y_t | x, y_<t) of sampled completions, in fp32: ids [P * G, T], lengths [P * G] -> [P * G, T] (0 after the end).
@@ -408,7 +404,6 @@ def completion_logprobs(model, processor: Processor, prompts: list, ids: torch.T
 
 
 # ---------------------------------------------------------------------------------------------------------- real backbones
-
 
 def placeholders(tokenizer, model, part: dict, token: int, grid: torch.Tensor) -> list:
     """Ids that stand for one image or video: `token` as often as it has features. Qwen3-VL shows a clip as pairs of frames, each between

@@ -15,7 +15,7 @@ micro-batch size never changes the result.
     python sft.py --config small --stage cold_start
 """
 
-import json
+import importlib
 import math
 import random
 import time
@@ -34,7 +34,6 @@ import stages
 from resume import steps_to_go
 
 # --------------------------------------------------------------------------------------------------------------- the loss
-
 
 def sft_loss(logits: torch.Tensor, ids: torch.Tensor, response_mask: torch.Tensor, tokens: int) -> torch.Tensor:
     """- sum over response tokens of log p(y_t | x, y_<t) / `tokens`, the response tokens of the *whole* batch.
@@ -83,7 +82,6 @@ def response_mask(encoded: list, length: int) -> torch.Tensor:
 
 
 # --------------------------------------------------------------------------------------------------------------- the loop
-
 
 def finish_update(optimizer, totals: dict, own) -> dict:
     """The end of an update: adds up gradients and `totals`, one of them "loss", of all processes in one message, scales the gradient down to
@@ -164,59 +162,13 @@ def train(model, processor, examples: list, settings: config.SFT, folder: Path, 
         config.log(folder, row | {"skipped": totals["skipped"], "tokens": tokens, "seconds": round(time.time() - started, 2)})
 
 
-@torch.no_grad()
-def mean_loss(model, processor, examples: list) -> float:
-    """The loss of `examples` under the model, per response token."""
-    total = tokens = 0
-    for k in range(0, len(examples), 32):
-        encoded = [encode_example(processor, model, example) for example in examples[k : k + 32]]
-        inputs = M.collate(encoded, "right", processor.tokenizer.pad_token_id, M.device_of(model))
-        logits = model(**inputs, use_cache=False).logits
-        total += sft_loss(logits, inputs["input_ids"], response_mask(encoded, logits.shape[1]).to(logits.device), 1).item()
-        tokens += sum(len(e["ids"]) - e["prompt_length"] for e in encoded)
-    return total / tokens
-
-
 # ----------------------------------------------------------------------------------------------------------------- stages
-
-
-def all_text(example: tuple) -> str:
-    parts, response = example
-    return " ".join([part["text"] for part in parts if part["type"] == "text"] + [response])
-
-
-def build_base(settings: config.Settings, folder: Path) -> str:
-    """Draws the practice, trains the tokenizer on it, then the model: single skills one after the other, then the mixture. Told apart,
-    skills are learnt in minutes each; from the mixture alone, checking was still near chance after ten. Then once more: comparing two pictures,
-    of which the mixture had left 15 to 70% of the lines right, and the mixture."""
-    import shapes
-
-    base = settings.base
-    if not any(folder.glob("*.state")):  # else it was written before the first of them
-        shapes.write_practice(folder, base.scenes, base.rows_per_scene, base.simple, random.Random(f"{settings.run.seed}/base"))
-    config.wait_for_all()
-    practice = data.read_conversations(folder / "practice.jsonl")
-    tokenizer = shapes.train_tokenizer([all_text(example) for example in practice], settings.model.vocab_size)
-    model, processor = shapes.build_small(settings.model, tokenizer)
-    skill, once = config.dataclasses.replace(base, epochs=1.0, lr=base.simple_lr), config.dataclasses.replace(base, epochs=1.0)
-    phases = [(name, skill) for name, *_ in shapes.SKILLS] + [("practice", base)]
-    phases += [(name, once) for name, *_ in shapes.COMPARISONS] + [("consolidation", base)]
-    begun = [k for k, (phase, _) in enumerate(phases) if any(folder.glob(f"base: {phase}.*.0.state"))]
-    for phase, own in phases[max(begun, default=0) :]:  # a state has all that was learnt before it
-        train(model, processor, data.read_conversations(folder / f"{phase}.jsonl"), own, folder, phase, f"base: {phase}")
-    M.save(model, processor, folder, torch.float16)
-    config.wait_for_all()
-    parameters = sum(p.numel() for p in model.parameters())
-    figures = {"parameters": parameters, "practice_loss": mean_loss(M.load(str(folder))[0], processor, practice_examples(settings, folder, 256))}
-    config.write_text(folder / "figures.json", json.dumps(figures))
-    return f"{parameters / 1e6:.2f}M parameters, {len(phases)} phases"
-
 
 def practice_examples(settings: config.Settings, folder: Path, count: int, without: str = "") -> list:
     """`count` of the base's exercises, but for one kind, drawn afresh under folder/replay: a shipped base does not bring its practice along."""
-    import shapes
+    from base.pretrain import write_practice
 
-    shapes.write_practice(folder / "replay", count, 2, 0, random.Random(f"{settings.run.seed}/{folder.name}/replay"))
+    write_practice(folder / "replay", count, 2, 0, random.Random(f"{settings.run.seed}/{folder.name}/replay"))
     config.wait_for_all()
     file = folder / "replay" / "practice.jsonl"
     return [example for row, example in zip(data.read_jsonl(file), data.read_conversations(file)) if row["kind"] != without][:count]
@@ -237,7 +189,7 @@ def run(stage: str, settings: config.Settings, folder: Path) -> str:
     if stage == "base":
         if settings.model.path and not settings.base.rebuild:
             return f"starts from {settings.model.path}"
-        return build_base(settings, folder)
+        return importlib.import_module("base.pretrain").build_base(settings, folder)
     start, examples = start_and_examples(stage, settings, folder.parent)
     count = round(own.replay * len(examples))
     # Comparisons close the think block without a verdict: replayed, they would keep the other tasks from the format.

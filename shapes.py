@@ -20,13 +20,10 @@ import math
 import random
 
 import numpy as np
-import torch
 from PIL import Image, ImageDraw
 
 import config
-import model as M
-from data import (DIMENSIONS, STEPS, TASKS, THINK, Sample, build_prompt, candidate_noun, is_generation, is_video, media_parts, sample_row,
-                  steps_text, to_text, verdict_string, write_items, write_jsonl, write_totals)
+from data import DIMENSIONS, TASKS, Sample, is_generation, is_video, sample_row, write_jsonl
 
 COLORS = {"red": (214, 48, 44), "green": (46, 160, 67), "blue": (45, 88, 214), "yellow": (238, 200, 40),
           "purple": (146, 62, 190), "black": (35, 35, 40)}
@@ -46,10 +43,10 @@ LADDER = {  # facts of the dimensions that are seen at a glance, best first, wit
     "authenticity": (("none broken", 10), ("one broken", 8), ("two broken", 5)),
     "clarity": (("fluent", 9), ("one filler", 7), ("two fillers", 4)),
 }
+PAIRED = ("image_generation", "video_generation")
 POSSIBLE = (1, 4, 5, 7, 8, 9, 10)  # every score that a fact can earn
 
 # ---------------------------------------------------------------------------------------------------------------- drawing
-
 
 def draw_shape(draw: ImageDraw.ImageDraw, item: tuple, x: float, y: float, radius: float, broken: bool) -> None:
     """One shape centred on (x, y); a broken one is torn in two by a slanted gap."""
@@ -97,7 +94,6 @@ def draw_scene(scene: dict) -> list:
 
 
 # ------------------------------------------------------------------------------------------------------- scenes and scores
-
 
 def make_scene(rng: random.Random, items: list, video: bool, glance: str = "vivid", broken: int = 0, moves: str | None = None) -> dict:
     """Places `items` (at most 4, at most 3 in a clip: the mover needs a free cell) and says how the picture is spoilt."""
@@ -231,7 +227,6 @@ def make_understanding(rng: random.Random, task: str, pool: list) -> tuple:
 
 # ------------------------------------------------------------------------------------------------------------------- files
 
-
 def write_split(folder, split: str, plan: list, pool: list, rng: random.Random) -> list:
     """Draws and saves one split: `plan` is [(task, tie)]; media go to folder/media, rows to folder/SPLIT.jsonl. The better candidate
     stands first in exactly half of each task's pairs (give or take one). Returns [(sample, its scenes)]."""
@@ -262,177 +257,3 @@ def draw_split(split: str, settings: config.Settings, folder) -> dict:
     plan = [(task, split == "ties" and k < count / 3) for task in tasks for k in range(count)]
     write_split(folder, split, plan, ALL if split == "heldout" else SEEN, random.Random(f"{settings.run.seed}/{split}"))
     return {split: len(plan)}
-
-
-# --------------------------------------------------------------------------------------------------------------- practice
-# What the base learns before it ever sees a chain of thought, on all four tasks. But for naming, tags and the direct answer, each exercise is
-# a contiguous piece of check, score, total, decide; none is the whole on any pair. Dimensions come in any order and number, so that reading
-# them from the prompt is the only way to be right.
-
-PRACTICE = {"name": 1, "name_pair": 1, "check": 2, "rate": 3, "compare": 8, "total": 1, "decide": 2, "total_decide": 3, "tagged": 2, "direct": 7}
-CONSOLIDATION = PRACTICE | {"compare": 16, "conclude": 8, "direct": 8}
-
-# Before the mixture, one skill at a time: (skill, exercises relative to base.simple, kinds of exercise, tasks, dimensions). Alone, each
-# is learnt in 100 to 800 steps; in a mixture from the start most stay at chance. Naming the shapes of *one of two* pictures comes before any
-# comparison: it has the most to say per token about which picture is meant, and what is learnt there carries over. Some naming goes along
-# with the checks: without it checking stayed at chance for as long as it was tried.
-PAIRED = ("image_generation", "video_generation")
-CONSISTENCY = ("compare", "compare", "compare", "name_pair"), PAIRED, ["semantic consistency"]
-SKILLS = (
-    ("naming", 1.0, ("name",), ("image_generation", "image_understanding"), None),
-    ("checking", 2.0, ("check", "check", "check", "name"), ("image_generation", "image_understanding"), None),
-    ("name_pair", 1.5, ("name_pair",), PAIRED, None),
-    ("aesthetics", 0.5, ("compare",), ("image_generation",), ["aesthetics"]),
-    ("authenticity", 0.6, ("compare",), PAIRED, ["authenticity"]),
-    ("correctness", 0.5, ("compare",), ("image_understanding", "video_understanding"), ["correctness"]),
-    ("consistency", 1.5, *CONSISTENCY),
-)
-# After it, what the mixture has not taught: which of the items are in which of two pictures takes by far the longest, and a candidate's line
-# has to be found again with all dimensions around it.
-COMPARISONS = (("pairing", 2.5, *CONSISTENCY), ("comparing", 4.0, ("compare",) * 6 + ("name_pair",) + ("direct",) * 2, TASKS, None))
-
-
-def practice(rng: random.Random, kind: str, sample: Sample, scenes: list, dimensions: list | None = None) -> tuple:
-    """(content parts, response) of one exercise of `kind` (a key of CONSOLIDATION) on `sample`; `dimensions` are drawn if not given."""
-    task, noun = sample.task, candidate_noun(sample.task)
-    medium = "video" if is_video(task) else "image"
-    k = rng.randrange(len(sample.media))  # the picture looked at
-    scene, show = scenes[k], {"type": medium, medium: sample.media[k]}
-    text = lambda words: {"type": "text", "text": words}
-    order = sorted(range(len(scene["items"])), key=lambda i: scene["cells"][i])
-    named = ", ".join(name(scene["items"][i]) + (f" moves {scene['moves']}" if i == 0 and "moves" in scene else "") for i in order)
-    dimensions = dimensions or rng.sample(DIMENSIONS[task], rng.choice([1, 2, 2, 3]))
-    chosen = lambda values, side=None: {d: values[d] if side is None else [values[d][side]] for d in dimensions}
-    sums = lambda scores: [sum(pair[side] for pair in scores.values()) for side in (0, 1)]
-    closing = lambda scores: (write_totals(noun, scores), f"<answer>{verdict_string(task, 1 if sums(scores)[0] > sums(scores)[1] else 2)}</answer>")
-    if kind == "name":
-        return [show, text(rng.choice(["Name the shapes.", "What is shown?"]))], named
-    if kind == "name_pair":  # of an understanding pair there is only one picture
-        return media_parts(sample) + [text(f"Name the shapes of {medium} {k + 1}.")], f"{medium.capitalize()} {k + 1}: {named}"
-    if kind == "check":
-        wanted = []
-        for _ in range(rng.choice([2, 3, 4])):  # half of them shown; of the others some are easy to tell apart, some hard
-            draw = rng.random()
-            item = rng.choice([item for item in SEEN if item not in scene["items"]] if draw >= 0.75 else scene["items"])
-            wanted.append(change(rng, item, SEEN, scene["items"]) if 0.5 <= draw < 0.75 else item)
-        facts = checks(list(dict.fromkeys(wanted)), scene["items"])
-        if "moves" in scene:
-            asked = scene["moves"] if rng.random() < 0.5 else rng.choice(list(DIRECTIONS))
-            facts.append(f"moves {asked} {'yes' if asked == scene['moves'] else 'no'}")
-        return [show, text("Check: " + ", ".join(fact.rsplit(" ", 1)[0] for fact in facts) + ".")], ", ".join(facts)
-    if kind == "rate":
-        k = rng.randrange(2)
-        show = {"type": medium, medium: sample.media[k % len(sample.media)]}
-        about = f"\nCaption: {sample.prompt}\n" if is_generation(task) else f"\nQuestion: {sample.prompt}\nAnswer: {sample.answers[k]}\n"
-        asked = text(f"{about}Rate {noun} on {', '.join(dimensions)}. Steps: check, score.")
-        named = [text(f"{noun}: ")] if is_generation(task) else []
-        return named + [show, asked], write_items(noun, chosen(sample.reasons, k), chosen(sample.scores, k))
-    if kind == "compare":
-        steps = STEPS[: rng.choice([2, 3] if len(dimensions) > 1 else [2])]
-        totals = "\n" + write_totals(noun, chosen(sample.scores)) if "total" in steps else ""
-        response = f"{THINK}{write_items(noun, chosen(sample.reasons), chosen(sample.scores))}{totals}</think>"
-        return media_parts(sample) + [text(steps_text(task, dimensions, steps))], response
-    if kind in ("total", "decide", "total_decide"):
-        scores = {}
-        while len(set(sums(scores))) == 1:
-            scores = {d: [rng.choice(POSSIBLE), rng.choice(POSSIBLE)] for d in dimensions + [None] * (len(dimensions) == 1)}
-        totals, verdict = closing(scores)
-        given = " ".join(f"{noun} {side + 1}: {', '.join(f'({pair[side]}/10)' for pair in scores.values())}." for side in (0, 1))
-        asked, response = {"total": (f"{given}\nSteps: total.", totals), "decide": (f"{totals}\nSteps: decide.", verdict),
-                           "total_decide": (f"{given}\nSteps: total, decide.", f"{THINK}{totals}</think>\n{verdict}")}[kind]
-        return [text(asked)], response
-    if kind == "conclude":  # the same at the end of a judgement that is given
-        while len(set(sums(chosen(sample.scores)))) == 1:
-            dimensions = rng.sample(DIMENSIONS[task], rng.choice([2, 3]))
-        given, (totals, verdict) = write_items(noun, chosen(sample.reasons), chosen(sample.scores)), closing(chosen(sample.scores))
-        if rng.random() < 0.3:
-            return media_parts(sample) + [text(f"{given}\n{totals}\nSteps: decide.")], verdict
-        return media_parts(sample) + [text(f"{given}\nSteps: total, decide.")], f"{THINK}{totals}</think>\n{verdict}"
-    if kind == "tagged":  # the tags, on questions that are no preference
-        if rng.random() < 0.5:
-            return [show, text("How many shapes are shown? Steps: check, decide.")], f"{THINK}{named}</think>\n<answer>{len(order)}</answer>"
-        fact = rng.choice(sample.reasons[DIMENSIONS[task][0]][k].split(", "))
-        asked, answer = fact.rsplit(" ", 1)
-        return [show, text(f"Is this shown: {asked}? Steps: check, decide.")], f"{THINK}{fact}</think>\n<answer>{answer}</answer>"
-    allow_tie = is_generation(task) and (sample.label == 0 or rng.random() < 0.5)  # a third of the prompts that allow a tie show one
-    return build_prompt(sample, "answer", allow_tie=allow_tie), f"<answer>{verdict_string(task, sample.label)}</answer>"
-
-
-def write_practice(folder, pairs: int, rows_per_pair: int, simple: int, rng: random.Random) -> None:
-    """Practice of the base in the official SFT schema, one file for each phase of `sft.build_base`: SKILLS (`simple` exercises times the
-    factor); practice.jsonl, a mixture of all exercises, and if `simple` is 0 the only file; COMPARISONS; consolidation.jsonl, the mixture again, with
-    more comparing and less of understanding, which is learnt sooner. One generation pair in five is a tie, which only the direct mode can say."""
-    made = write_split(folder, "pairs", [(TASKS[k % 4], is_generation(TASKS[k % 4]) and k % 40 < 8) for k in range(pairs)], SEEN, rng)
-
-    def exercise(kind, sample, scenes, dimensions=None):
-        parts, response = practice(rng, kind, sample, scenes, dimensions)
-        text, images = to_text(parts)
-        return {"kind": kind, "conversations": [{"from": "human", "value": text}, {"from": "gpt", "value": response}], "images": images}
-
-    def skill(factor, kinds, among, dimensions):
-        able = [pair for pair in made if pair[0].task in among]
-        return [exercise(kind, *rng.choice(able), dimensions) for kind in rng.choices(kinds, k=round(factor * simple))]
-
-    def mixture(weights, of_understanding):
-        rows = []
-        for sample, scenes in made:
-            kinds = rng.choices(list(weights), list(weights.values()), k=rows_per_pair if is_generation(sample.task) else of_understanding)
-            rows += [exercise(kind, sample, scenes) for kind in kinds if sample.label or kind != "conclude"]
-        return rows
-
-    files = {name: skill(*rest) for name, *rest in SKILLS if simple}
-    files["practice"] = mixture(PRACTICE, rows_per_pair)
-    if simple:
-        files |= {name: skill(*rest) for name, *rest in COMPARISONS}
-        files["consolidation"] = mixture(CONSOLIDATION, rows_per_pair // 3)
-    for file, rows in files.items():
-        write_jsonl(folder / f"{file}.jsonl", rows)
-
-
-# ----------------------------------------------------------------------------------------------------- the small backbone
-
-
-def train_tokenizer(texts: list, vocab_size: int):
-    """Byte-level BPE on the project's own text: any string can be written with it, and words of the small world are one token each.
-    Candidates ("Image 1"), tags and numbers up to two digits stay whole: shorter sequences, and one token per number of a sum."""
-    from tokenizers import Regex, Tokenizer, decoders, models, trainers
-    from tokenizers.pre_tokenizers import ByteLevel, Sequence, Split
-    from transformers import PreTrainedTokenizerFast
-
-    core = Tokenizer(models.BPE())
-    words = Regex(r"</?(?:think|answer)>| ?(?:Image|Video|Answer) [12]|/10\)\.?|[0-9]{1,2}| ?\p{L}+| ?[^\s\p{L}\p{N}<]+|<|\s+")
-    core.pre_tokenizer = Sequence([Split(words, "isolated"), ByteLevel(add_prefix_space=False, use_regex=False)])
-    core.decoder = decoders.ByteLevel()
-    special = {"special_tokens": [M.PAD, M.IM_START, M.IM_END, *M.VISION], "initial_alphabet": ByteLevel.alphabet()}
-    core.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=vocab_size, show_progress=False, **special))
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, eos_token=M.IM_END, pad_token=M.PAD, additional_special_tokens=[M.IM_START, *M.VISION])
-    tokenizer.chat_template = (
-        "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{% for part in message['content'] %}"
-        "{% if part['type'] != 'text' %}<|vision_start|><|{{ part['type'] }}_pad|><|vision_end|>{% else %}{{ part['text'] }}{% endif %}"
-        "{% endfor %}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
-    return tokenizer
-
-
-def build_small(settings: config.Model, tokenizer) -> tuple:
-    """A Qwen2.5-VL of one to two million random weights, N(0, 1/sqrt(fan_in)): the usual 0.02 learns slowly at this width."""
-    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
-    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
-
-    width, heads, depth, vision_width = settings.hidden_size, settings.heads, settings.vision_layers, settings.vision_hidden_size
-    if width % (2 * heads) or vision_width % 16:
-        raise config.UserError("model.hidden_size has to be a multiple of 2 * model.heads, model.vision_hidden_size of 16")
-    half = width // heads // 2
-    rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [half - 2 * (half // 3), half // 3, half // 3]}
-    text = dict(vocab_size=len(tokenizer), hidden_size=width, intermediate_size=settings.intermediate_size, num_hidden_layers=settings.layers,
-                num_attention_heads=heads, num_key_value_heads=heads, max_position_embeddings=4096, tie_word_embeddings=True, rope_parameters=rope,
-                bos_token_id=None, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
-    vision = dict(depth=depth, hidden_size=vision_width, intermediate_size=2 * vision_width, num_heads=4, patch_size=8, spatial_merge_size=2,
-                  temporal_patch_size=2, window_size=64, out_hidden_size=width, fullatt_block_indexes=[depth - 1], tokens_per_second=1)
-    names = ("vision_start_token_id", "vision_end_token_id", "image_token_id", "video_token_id")
-    ids = dict(zip(names, tokenizer.convert_tokens_to_ids(list(M.VISION))))
-    model = Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=True, **ids))
-    for p in model.parameters():
-        if p.ndim > 1:
-            torch.nn.init.normal_(p, std=p[0].numel() ** -0.5)
-    processor = Qwen2VLImageProcessorPil(patch_size=8, merge_size=2, temporal_patch_size=2, min_pixels=16 * 16, max_pixels=512 * 512)
-    return model.eval(), M.Processor(tokenizer, processor)

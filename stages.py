@@ -146,7 +146,6 @@ def do_stage(stage: str, settings: Settings, out: Path, command: str, anew: bool
 
 # --------------------------------------------------------------------------------------------------------- the entry point
 
-
 def join_processes() -> None:
     """Under torchrun, lets the processes find each other; only the first one prints."""
     if world()[1] == 1:

@@ -39,7 +39,6 @@ REASONING = {  # of one judgement; the last two: a right verdict although a scor
 
 # ------------------------------------------------------------------------------------------------------------- the runs
 
-
 def read_run(path: Path) -> dict:
     """A run folder, or a file written by `keep`, as {STAGE-MODE: rows of its judgements, "settings": {section.key: value}, "curves": {metric of
     GRPO: its value at every step}}."""
@@ -87,7 +86,6 @@ def differs(run: dict, plain: dict, key: str) -> bool:
 
 
 # ------------------------------------------------------------------------------------------------------------ statistics
-
 
 def estimate(samples: list) -> tuple:
     """(mean, low, high) of one array of per-pair values for each seed: t interval over the seeds' means, or over the pairs of a single seed."""
@@ -137,7 +135,6 @@ def decision(found: list) -> str:
 
 
 # ---------------------------------------------------------------------------------------------------------------- tables
-
 
 def cell(samples: list, plus: str = "") -> str:
     mean, low, high = (100 * value for value in estimate([list(values) for values in samples]))

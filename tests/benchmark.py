@@ -64,6 +64,7 @@ import model as M
 import sft
 import shapes
 import stages
+from base import pretrain
 
 GPU = torch.cuda.is_available()
 WORK = dict(width=128, layers=4, vocabulary=0, prompts=8, group=8, new=100, prompt_tokens=0, micro=4, sft=0, rounds=2, real="")
@@ -111,14 +112,14 @@ def make_world(size: dict, out: Path) -> None:
     shapes.write_split(out, "mixed", [(task, False) for task in data.TASKS for _ in range(size["sft"] // 4 or 1)], shapes.SEEN, rng)
     samples, mixed = data.read_samples(out / "rejection" / "wrong.jsonl"), data.read_samples(out / "mixed.jsonl")
     data.write_jsonl(out / "sft.jsonl", (data.sft_row(s, "think", written(s)) for s in mixed))
-    tokenizer = shapes.train_tokenizer([sft.all_text((data.build_prompt(s, "think"), written(s))) for s in samples + mixed], 640)
+    tokenizer = pretrain.train_tokenizer([pretrain.all_text((data.build_prompt(s, "think"), written(s))) for s in samples + mixed], 640)
     tokenizer.eos_token = M.VISION[1]  # never sampled, so no text ends early
     torch.manual_seed(0)
     if size["real"]:
         model, processor = build_real(REAL[size["real"]], tokenizer)
     else:
         small = config.Model(hidden_size=width, layers=size["layers"], heads=width // (32 if width < 256 else 64), intermediate_size=3 * width)
-        model, processor = shapes.build_small(small, tokenizer)
+        model, processor = pretrain.build_small(small, tokenizer)
     if size["vocabulary"]:
         model.resize_token_embeddings(size["vocabulary"], mean_resizing=False)
         torch.nn.init.normal_(model.get_input_embeddings().weight, std=width ** -0.5)

@@ -15,6 +15,7 @@ import config
 import data
 import model as M
 import shapes
+from base import pretrain
 
 torch.set_num_threads(2)
 
@@ -39,7 +40,7 @@ def tiny(samples) -> tuple:
     texts += [data.write_reasoning(s.task, s.reasons, s.scores, data.verdict_string(s.task, s.label)) for s in samples]
     torch.manual_seed(0)
     settings = config.Model(hidden_size=32, layers=2, heads=2, intermediate_size=48, vision_hidden_size=32, vision_layers=2)
-    model, processor = shapes.build_small(settings, shapes.train_tokenizer(texts, 512))
+    model, processor = pretrain.build_small(settings, pretrain.train_tokenizer(texts, 512))
     with torch.no_grad():
         model.get_input_embeddings().weight[processor.tokenizer.eos_token_id] *= 2
     return model, processor

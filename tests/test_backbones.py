@@ -23,7 +23,7 @@ import data
 import grpo
 import model as M
 import sft
-import shapes
+from base import pretrain
 
 FAMILIES = ("qwen2_5_vl", "qwen3_vl", "llava_onevision")
 HALF = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
@@ -75,7 +75,7 @@ def released_name(family: str, name: str) -> str:
 
 
 def write_release(folder: Path, family: str, texts: list) -> Path:
-    tokenizer = shapes.train_tokenizer(texts, 400)
+    tokenizer = pretrain.train_tokenizer(texts, 400)
     llava = family == "llava_onevision"
     tokenizer.chat_template = None if llava else QWEN_TEMPLATE
     if llava:

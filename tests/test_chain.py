@@ -17,8 +17,8 @@ import config
 import data
 import model as M
 import sft
-import shapes
 import stages
+from base import pretrain
 
 
 def script(*arguments) -> subprocess.CompletedProcess:
@@ -178,13 +178,13 @@ def test_the_shipped_base_has_the_figures_written_beside_it(tmp_path):
     figures = json.loads((folder / "figures.json").read_text())
     (tmp_path / "base").mkdir()
     exercises = sft.practice_examples(settings, tmp_path / "base", 256)
-    assert sft.mean_loss(model, processor, exercises) == pytest.approx(figures["practice_loss"], rel=1e-3)
+    assert pretrain.mean_loss(model, processor, exercises) == pytest.approx(figures["practice_loss"], rel=1e-3)
     assert sum(p.numel() for p in model.parameters()) == figures["parameters"]
     assert (folder / "model.safetensors").stat().st_size <= 4_000_000
 
 
 def test_the_shipped_tokenizer_is_the_one_its_recipe_makes(tmp_path):
     settings = config.load_settings("small", [])
-    shapes.write_practice(tmp_path, settings.base.scenes, settings.base.rows_per_scene, settings.base.simple, random.Random(f"{settings.run.seed}/base"))
-    tokenizer = shapes.train_tokenizer([sft.all_text(example) for example in data.read_conversations(tmp_path / "practice.jsonl")], settings.model.vocab_size)
+    pretrain.write_practice(tmp_path, settings.base.scenes, settings.base.rows_per_scene, settings.base.simple, random.Random(f"{settings.run.seed}/base"))
+    tokenizer = pretrain.train_tokenizer([pretrain.all_text(example) for example in data.read_conversations(tmp_path / "practice.jsonl")], settings.model.vocab_size)
     assert tokenizer.get_vocab() == M.load(str(ROOT / "configs" / "small-base"))[1].tokenizer.get_vocab()

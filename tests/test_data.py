@@ -15,6 +15,7 @@ import config
 import data
 import shapes
 from data import TASKS, Sample, parse_verdict, verdict_string, write_reasoning
+from base import pretrain
 
 GENERATION, UNDERSTANDING = TASKS[:2], TASKS[2:]
 
@@ -675,12 +676,12 @@ def test_a_mistake_is_always_another_fact_of_the_same_form(split):
 def exercises(split) -> list:
     """[(kind, task, prompt text, response)]: every kind on every task, many times."""
     rng = random.Random(1)
-    return [(kind, sample.task, words(parts), response) for sample, scenes in split["SEEN"] for kind in shapes.CONSOLIDATION for _ in range(3)
-            for parts, response in [shapes.practice(rng, kind, sample, scenes)]]
+    return [(kind, sample.task, words(parts), response) for sample, scenes in split["SEEN"] for kind in pretrain.CONSOLIDATION for _ in range(3)
+            for parts, response in [pretrain.practice(rng, kind, sample, scenes)]]
 
 
 def test_every_exercise_is_practised_on_every_task_in_its_own_words(exercises):
-    assert set(shapes.CONSOLIDATION) == {"name", "name_pair", "check", "rate", "compare", "total", "decide", "total_decide", "conclude", "tagged", "direct"}
+    assert set(pretrain.CONSOLIDATION) == {"name", "name_pair", "check", "rate", "compare", "total", "decide", "total_decide", "conclude", "tagged", "direct"}
     for kind, task in itertools.product(("rate", "compare", "total", "decide", "total_decide", "conclude", "direct"), TASKS):
         own, others = data.candidate_noun(task), {"Image", "Video", "Answer"} - {data.candidate_noun(task)}
         for _, _, prompt, response in [e for e in exercises if e[:2] == (kind, task)]:
@@ -701,7 +702,7 @@ def test_what_an_exercise_names_and_checks_is_true_of_the_picture_it_shows(split
     rng, said = random.Random(3), {"yes": 0, "no": 0}
     for sample, scenes in split["SEEN"]:
         for kind in ("name", "name_pair", "check"):
-            parts, response = shapes.practice(rng, kind, sample, scenes)
+            parts, response = pretrain.practice(rng, kind, sample, scenes)
             shown = [part[part["type"]] for part in parts if part["type"] != "text"]
             which = int(re.search(r"shapes of (?:image|video) (\d)", words(parts))[1]) - 1 if kind == "name_pair" else 0
             scene = scenes[sample.media.index(shown[which])]
@@ -731,11 +732,11 @@ def test_sums_and_verdicts_of_the_exercises_are_right(exercises):
 
 
 def test_written_practice_has_every_kind_no_held_out_item_and_ties_only_where_asked(tmp_path):
-    shapes.write_practice(tmp_path, pairs=120, rows_per_pair=6, simple=30, rng=random.Random(2))
+    pretrain.write_practice(tmp_path, pairs=120, rows_per_pair=6, simple=30, rng=random.Random(2))
     rows = data.read_jsonl(tmp_path / "practice.jsonl")
-    assert {row["kind"] for row in rows} == set(shapes.PRACTICE)
-    assert {row["kind"] for row in data.read_jsonl(tmp_path / "consolidation.jsonl")} == set(shapes.CONSOLIDATION)
-    for skill, factor, kinds, tasks, dimensions in shapes.SKILLS + shapes.COMPARISONS:
+    assert {row["kind"] for row in rows} == set(pretrain.PRACTICE)
+    assert {row["kind"] for row in data.read_jsonl(tmp_path / "consolidation.jsonl")} == set(pretrain.CONSOLIDATION)
+    for skill, factor, kinds, tasks, dimensions in pretrain.SKILLS + pretrain.COMPARISONS:
         simple = data.read_jsonl(tmp_path / f"{skill}.jsonl")
         assert len(simple) == round(30 * factor) and {row["kind"] for row in simple} <= set(kinds)
         if dimensions:

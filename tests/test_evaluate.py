@@ -22,6 +22,7 @@ import data
 import evaluate
 import model as M
 import report
+from results import bench
 
 ROOT = Path(__file__).resolve().parent.parent
 BASE = str(ROOT / "configs" / "small-base")
@@ -74,7 +75,7 @@ def random_rows(seed: int, both: bool = True) -> list:
 @pytest.mark.parametrize("seed", range(12))
 def test_metrics_equal_brute_force_with_ties_and_unreadable_outputs(seed):
     rows = random_rows(seed, both=seed % 3 > 0)
-    made = evaluate.benchmark_metrics(rows)
+    made = bench.benchmark_metrics(rows)
 
     def accuracy(some):  # in whole numbers: right judgements / judgements
         right = 0
@@ -110,7 +111,7 @@ def test_metrics_equal_brute_force_with_ties_and_unreadable_outputs(seed):
 
 def test_an_unreadable_output_is_wrong_and_never_a_tie():
     row = random_rows(0)[0] | {"label": 0, "answer": None, "margin": 0}
-    made = evaluate.benchmark_metrics([row, row | {"id": "other", "answer": 0}])
+    made = bench.benchmark_metrics([row, row | {"id": "other", "answer": 0}])
     assert (made["tau"]["accuracy"], made["tau_calibrated"]["accuracy"], made["overall"]["unreadable"]) == (0.5, 0.5, 0.5) and "diff" not in made
 
 
@@ -129,7 +130,7 @@ def test_the_macro_interval_follows_from_the_errors_of_the_groups():
     rng, rows = np.random.default_rng(2), []
     for group, count, p in (("general", 183, 0.6), ("hallucination", 749, 0.8), ("reasoning", 318, 0.5)):
         rows += [random_rows(0)[0] | {"id": f"{group}{k}", "group": group, "label": 1, "answer": 1 if rng.random() < p else 2} for k in range(count)]
-    made = evaluate.benchmark_metrics(rows)
+    made = bench.benchmark_metrics(rows)
     variance = sum(made[g]["accuracy"] * (1 - made[g]["accuracy"]) / made[g]["pairs"] for g in ("general", "hallucination", "reasoning")) / 9
     assert made["macro"]["high"] - made["macro"]["low"] == pytest.approx(2 * 1.96 * variance**0.5, rel=0.1)
 
@@ -138,9 +139,9 @@ def test_official_groups_have_their_sizes_on_a_list_made_by_the_rules():
     sources = {"hallucination_pair-": 301, "RLAIF-V-": 400, "RLHF-V-": 48, "mathverse_": 200, "mmmu_pro_test_Art_": 118,
                "wildvision-battle-": 150, "LRVInstruction-": 20, "jailbreak-": 13}
     ids = [f"{prefix}{k}" for prefix, count in sources.items() for k in range(count)]
-    found = [evaluate.group_of("vl_rewardbench", key) for key in ids]
+    found = [bench.group_of("vl_rewardbench", key) for key in ids]
     assert len(ids) == 1250 and [found.count(name) for name in ("general", "hallucination", "reasoning")] == [183, 749, 318]
-    assert evaluate.group_of("genai_image", "RLHF-V-1") == ""
+    assert bench.group_of("genai_image", "RLHF-V-1") == ""
 
 
 @pytest.mark.parametrize("first, second", [(0, 0), (0, 1), (0, 6), (2, 5), (4, 4), (5, 4), (7, 3), (1, 11)])
@@ -148,12 +149,12 @@ def test_mcnemar_is_the_share_of_coin_tosses_at_least_as_lopsided(first, second)
     n = first + second
     tosses = [sum(toss) for toss in itertools.product((0, 1), repeat=n)]
     lopsided = [abs(2 * heads - n) >= abs(first - second) for heads in tosses]
-    assert evaluate.mcnemar(first, second) == pytest.approx(sum(lopsided) / len(tosses), rel=1e-12)
+    assert bench.mcnemar(first, second) == pytest.approx(sum(lopsided) / len(tosses), rel=1e-12)
 
 
 def test_mcnemar_of_thousands_agrees_with_its_normal_limit():
     z = (3100 - 2900 - 1) / 6000**0.5  # with continuity correction
-    assert evaluate.mcnemar(2900, 3100) == pytest.approx(math.erfc(z / 2**0.5), rel=0.01)
+    assert bench.mcnemar(2900, 3100) == pytest.approx(math.erfc(z / 2**0.5), rel=0.01)
 
 
 # ------------------------------------------------------------------------------------------------------------- benchmarks
@@ -182,7 +183,7 @@ def vl_file(folder: Path) -> Path:
 
 
 def test_vl_rewardbench_reads_labels_and_names_every_broken_row(tmp_path):
-    samples, broken = evaluate.read_benchmark("vl_rewardbench", [str(vl_file(tmp_path))])
+    samples, broken = bench.read_benchmark("vl_rewardbench", [str(vl_file(tmp_path))])
     assert [(s.label, s.task, s.answers, s.prompt) for s in samples.values()] == [
         (label, "image_understanding", ["a square", "a circle"], "What is it?") for label in (1, 2, 1, 2)]
     assert [key.split("#")[0] for key in samples] == ["RLAIF-V-1", "mathverse_2", "wildvision-3", "RLAIF-V-1"]  # an id that comes twice is two pairs
@@ -199,7 +200,7 @@ def test_genai_video_takes_frames_from_the_folder_of_the_videos_name(tmp_path):
             for frame in range(12):
                 picture(tmp_path / "clips" / row[side].removesuffix(".mp4") / f"{frame}.png")
     (tmp_path / "genai.json").write_text(json.dumps(rows))
-    samples, broken = evaluate.read_benchmark("genai_video", [str(tmp_path)], str(tmp_path / "clips"))
+    samples, broken = bench.read_benchmark("genai_video", [str(tmp_path)], str(tmp_path / "clips"))
     assert not broken and [s.label for s in samples.values()] == [1, 2, 0, 0] and list(samples) == ["0", "1", "2", "3"]
     assert [Path(file).name for file in samples["0"].media[1]] == ["1.png", "4.png", "7.png", "10.png"]  # four of twelve, 10 after 9
     assert samples["0"].media[0][0] == str(tmp_path / "clips" / "l0" / "1.png")
@@ -210,19 +211,19 @@ def test_a_line_separator_in_a_caption_ends_no_csv_row_and_a_file_that_cannot_be
         picture(tmp_path / name / "1.png")
     table, head = tmp_path / "x.csv", "path_A,path_B,prompt,Overall\n"
     table.write_text(head + "a,b,one\u2028two,A\na,b,one\x85two,B\n", encoding="utf-8")
-    samples, broken = evaluate.read_benchmark("videogen_rewardbench", [str(table)])
+    samples, broken = bench.read_benchmark("videogen_rewardbench", [str(table)])
     assert not broken and [(s.prompt, s.label) for s in samples.values()] == [("one\u2028two", 1), ("one\x85two", 2)]
     for content in ((head + "a,b,café,A\n").encode("latin-1"), (head + "a,b," + "x" * 200_000 + ",A\n").encode()):
         table.write_bytes(content)
         with pytest.raises(config.UserError, match="cannot read .*x.csv"):
-            evaluate.read_benchmark("videogen_rewardbench", [str(table)])
+            bench.read_benchmark("videogen_rewardbench", [str(table)])
 
 
 @pytest.mark.parametrize("more", [{"response": "ab"}, {"response": ["a", "b", "c"]}, {"response": ["a"]}])
 def test_a_benchmark_row_without_two_answers_is_broken(tmp_path, more):
     picture(tmp_path / "images" / "a.png")
     (tmp_path / "vl.json").write_text(json.dumps([vl_row("a"), vl_row("a", **more)]))
-    samples, broken = evaluate.read_benchmark("vl_rewardbench", [str(tmp_path / "vl.json")])
+    samples, broken = bench.read_benchmark("vl_rewardbench", [str(tmp_path / "vl.json")])
     assert len(samples) == 1 and len(broken) == 1 and "row 2" in broken[0]
 
 
@@ -234,7 +235,7 @@ def test_videogen_rewardbench_reads_the_overall_verdict_of_its_csv(tmp_path):
             sides = {"path_A": "videos/a/1.mp4", "path_B": "videos/b/1.mp4"}
             table.writerow(sides | {"prompt": 'two\nlines, "quoted"', "VQ": "same", "Overall": overall})
     picture(tmp_path / "videos/a/1/1.png"), picture(tmp_path / "videos/b/1/1.png")
-    samples, broken = evaluate.read_benchmark("videogen_rewardbench", [str(tmp_path)])
+    samples, broken = bench.read_benchmark("videogen_rewardbench", [str(tmp_path)])
     assert [s.label for s in samples.values()] == [1, 2, 0] and len(broken) == 1 and "row 4" in broken[0]
     assert all(s.task == "video_generation" and s.prompt == 'two\nlines, "quoted"' for s in samples.values())
 
@@ -245,7 +246,7 @@ def test_sharegptvideo_takes_the_chosen_answer_as_the_better_one(tmp_path):
     row = {"id": "v_1_0", "video": "v_1", "prompt": "<video>\nWhat happens?", "chosen": "rain", "rejected": "snow", "chosen_score": 5}
     rows = [row, {k: v for k, v in row.items() if k != "rejected"}, row | {"video": "x" * 5000}]
     data.write_jsonl(tmp_path / "test.jsonl", rows)
-    samples, broken = evaluate.read_benchmark("sharegptvideo", [str(tmp_path / "test.jsonl")])
+    samples, broken = bench.read_benchmark("sharegptvideo", [str(tmp_path / "test.jsonl")])
     frames = [str(tmp_path / "v_1" / f"frame_{k}.png") for k in range(3)]
     assert samples["v_1_0"] == data.Sample("v_1_0", "video_understanding", "What happens?", [frames], ["rain", "snow"], 1)
     assert len(broken) == 2 and "row 2" in broken[0] and "rejected" in broken[0] and "row 3" in broken[1]
@@ -260,12 +261,12 @@ def test_parquet_images_are_written_once(tmp_path):
              "right_image": {"bytes": image_bytes(9), "path": None}, "vote_type": "leftvote"} for k in (1, 2)]
     file = tmp_path / "test-00000-of-00001.parquet"
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), file)
-    samples, broken = evaluate.read_benchmark("genai_image", [str(file)])
+    samples, broken = bench.read_benchmark("genai_image", [str(file)])
     assert not broken and len(samples) == 2
     written = {path: path.stat().st_mtime_ns for path in file.with_suffix(".media").iterdir()}
     assert len(written) == 3  # the right one is the same in both rows
     assert [Image.open(path).getpixel((0, 0)) for path in list(samples.values())[1].media] == [(2, 0, 0), (9, 0, 0)]
-    evaluate.read_benchmark("genai_image", [str(file)])
+    bench.read_benchmark("genai_image", [str(file)])
     assert written == {path: path.stat().st_mtime_ns for path in file.with_suffix(".media").iterdir()}
 
 
@@ -344,7 +345,7 @@ def test_compare_reports_difference_and_discordant_pairs(tmp_path, capsys):
         assert float(cells[2]) == pytest.approx(100 * sum(a) / 120, abs=0.06) and float(cells[3]) == pytest.approx(100 * sum(b) / 120, abs=0.06)
         assert float(cells[4]) == pytest.approx(100 * (sum(b) - sum(a)) / 120, abs=0.06)
         assert float(cells[5]) < float(cells[4]) < float(cells[6])
-        assert float(cells[9]) == pytest.approx(evaluate.mcnemar(worse, better), rel=0.01)
+        assert float(cells[9]) == pytest.approx(bench.mcnemar(worse, better), rel=0.01)
     assert [line.split()[0] for line in lines[-2:]] == ["all", "image_generation"]
 
 

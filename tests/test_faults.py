@@ -159,7 +159,7 @@ CASES = {  # what is wrong: (command line, what the line has to say[, what makes
     "bench: no rows": ("evaluate.py bench --benchmark genai_video --path {0}/b.json", "no row reads as", put("b.json", '{"x": 1}')),
     "bench: rows no objects": ("evaluate.py bench --benchmark genai_video --path {0}/b.json", "no row reads as", put("b.json", "[1, 2]")),
     "bench: no UTF-8": ("evaluate.py bench --benchmark videogen_rewardbench --path {0}/b.csv", "b.csv", put("b.csv", b"\xff\xfe\n1")),
-    "bench: unknown benchmark": ("evaluate.py bench --benchmark x --path {0}/b.csv", "invalid choice"),
+    "bench: unknown benchmark": ("evaluate.py bench --benchmark x --path {0}/b.csv", "none of vl_rewardbench"),
     "compare: results missing": ("evaluate.py compare {0}/a.json {0}/b.json", "a.jsonl"),
     "compare: results broken off": ("evaluate.py compare {0}/a.json {0}/a.json", "a.jsonl, line 1", put("a.jsonl", '{"id"')),
     "report: no folder": ("report.py {0}/none", "RUN_FOLDER"),

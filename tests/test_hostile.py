@@ -29,6 +29,7 @@ import evaluate
 import media
 import model as M
 import report
+from results import bench
 from test_backbones import write_release
 from test_faults import BASE, model as copy_of_base, pair
 
@@ -319,7 +320,7 @@ def rows(value, folder: Path) -> None:
     try:
         made = data.read_rows(folder / "r.jsonl", lambda row, root: data.usable(row, root, config.Data()), bad=bad)
         data.write_jsonl(folder / "w.jsonl", map(data.sample_row, made))
-        evaluate.read_benchmark("genai_image", [str(folder / "r.jsonl")])
+        bench.read_benchmark("genai_image", [str(folder / "r.jsonl")])
     except config.UserError as error:
         bad.append(str(error))
     for line in bad:

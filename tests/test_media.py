@@ -20,6 +20,7 @@ import data
 import media
 import model as M
 import report
+from results import sheet
 import stages
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -623,11 +624,11 @@ def test_the_sheet_shows_both_candidates_side_by_side_and_text_under_them(tmp_pa
 
 def test_inspect_reads_official_files_and_a_run(folder, world, capsys):
     (folder / "official.json").write_text(json.dumps(official()))
-    report.inspect([str(folder / "official.json"), "--sheet", str(folder / "sheet.png")])
+    sheet.inspect([str(folder / "official.json"), "--sheet", str(folder / "sheet.png")])
     printed = capsys.readouterr().out
     assert "8 pairs, 0 bad rows" in printed and {task: row[:4] for task, row in counts(printed).items()} == {
         "image_generation": ["2", "0", "2", "0"], "video_generation": ["2", "2", "0", "0"], "image_understanding": ["2", "0", "2", "0"], "video_understanding": ["2", "2", "0", "0"]}
-    report.inspect([str(world / "pairs.jsonl"), "--sheet", str(folder / "small.png")])
+    sheet.inspect([str(world / "pairs.jsonl"), "--sheet", str(folder / "small.png")])
     assert "12 pairs, 0 bad rows" in capsys.readouterr().out and (folder / "small.png").is_file()
 
 
@@ -635,11 +636,11 @@ def test_inspect_finds_media_in_the_image_root_and_says_what_it_takes(folder, ca
     (folder / "elsewhere").mkdir()
     rows = str(write(folder / "elsewhere" / "pairs.jsonl", pairs()))
     for root, said in (([], "0 pairs, 5 bad rows"), (["--image-root", str(folder), "--sheet", str(folder / "s.png")], "5 pairs, 0 bad rows")):
-        report.inspect([rows, *root])
+        sheet.inspect([rows, *root])
         assert said in capsys.readouterr().out
     for arguments, said in (([], "inspect PATH"), ([rows, "--sheet"], "inspect PATH"), ([rows, "--shet", "x"], "inspect PATH"), ([rows, "--sheet", str(folder / "no" / "s.png")], "that exists"), ([str(folder / "none.jsonl")], "none.jsonl")):
         monkeypatch.setattr(sys, "argv", ["data.py", "inspect", *arguments])
         with pytest.raises(SystemExit) as stopped:
-            stages.main("data", {"inspect": report.inspect})
+            stages.main("data", {"inspect": sheet.inspect})
         printed = capsys.readouterr().err
         assert stopped.value.code == 2 and said in printed and len(printed.strip().splitlines()) == 1

@@ -14,6 +14,7 @@ import data
 import distill
 import model as M
 import sft
+from base import pretrain
 
 # -------------------------------------------------------------------------------------------------------------- tokenizer
 
@@ -489,7 +490,7 @@ def test_the_logged_loss_is_the_mean_over_all_response_tokens(tiny, examples, tm
             total, tokens = total - logprobs[t - 1, made["ids"][t]].item(), tokens + 1
     _, (metrics,) = trained(tiny, examples, tmp_path / "run", micro_tokens=400)
     assert metrics["tokens"] == tokens and metrics["loss"] == pytest.approx(total / tokens, abs=1e-4)
-    assert sft.mean_loss(model, processor, examples) == pytest.approx(total / tokens, rel=1e-5)
+    assert pretrain.mean_loss(model, processor, examples) == pytest.approx(total / tokens, rel=1e-5)
 
 
 def test_training_learns_its_examples_by_heart(tiny, examples, tmp_path):
