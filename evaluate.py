@@ -275,7 +275,8 @@ OF_MODELS = {"--model": dict(help="checkpoint folder or hub name; the newest tra
              "--key-variable": dict(default="", help="NAME of the environment variable that holds the server's key"),
              "--max-new-tokens": dict(type=int, default=2048), "--batch-rows": dict(type=int, default=256, help="completions decoded together")}
 COMMANDS = {  # name: (function, or where it is, options as argparse takes them)
-    "bench": ("results.bench:bench", {"--benchmark": dict(required=True, help="its name, see docs/real.md"), "--path": dict(nargs="+", required=True, help="files or folder"),
+    "bench": ("results.bench:bench", {"--benchmark": dict(required=True, help="its name, see docs/real.md"),
+                      "--path": dict(nargs="+", required=True, help="files or folder"),
                       "--media": dict(help="folder of images, videos, frames"), "--out": dict(help="FILE.json"), **OF_MODELS}),
     "compare": ("results.bench:compare", {"results": dict(nargs=2, help="FILE.json of a bench run or of a run's evaluate folder")}),
     "table": ("results.claims:table", {

@@ -11,6 +11,10 @@ import random
 from pathlib import Path
 
 import torch
+from tokenizers import Regex, Tokenizer, decoders, models, trainers
+from tokenizers.pre_tokenizers import ByteLevel, Sequence, Split
+from transformers import PreTrainedTokenizerFast, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 import config
 import data
@@ -21,8 +25,8 @@ from data import (DIMENSIONS, STEPS, TASKS, THINK, Sample, build_prompt, candida
 from shapes import DIRECTIONS, PAIRED, POSSIBLE, SEEN, change, checks, name, write_split
 
 # --------------------------------------------------------------------------------------------------------------- practice
-# But for naming, tags and the direct answer, each exercise is a contiguous piece of check, score, total, decide; none is the whole on any pair. Dimensions come in any order and number, so that reading
-# them from the prompt is the only way to be right.
+# But for naming, tags and the direct answer, each exercise is a contiguous piece of check, score, total, decide; none is the whole on any
+# pair. Dimensions come in any order and number, so that reading them from the prompt is the only way to be right.
 
 PRACTICE = {"name": 1, "name_pair": 1, "check": 2, "rate": 3, "compare": 8, "total": 1, "decide": 2, "total_decide": 3, "tagged": 2, "direct": 7}
 CONSOLIDATION = PRACTICE | {"compare": 16, "conclude": 8, "direct": 8}
@@ -148,10 +152,6 @@ def write_practice(folder, pairs: int, rows_per_pair: int, simple: int, rng: ran
 def train_tokenizer(texts: list, vocab_size: int):
     """Byte-level BPE on the project's own text: any string can be written with it, and words of the small world are one token each.
     Candidates ("Image 1"), tags and numbers up to two digits stay whole: shorter sequences, and one token per number of a sum."""
-    from tokenizers import Regex, Tokenizer, decoders, models, trainers
-    from tokenizers.pre_tokenizers import ByteLevel, Sequence, Split
-    from transformers import PreTrainedTokenizerFast
-
     core = Tokenizer(models.BPE())
     words = Regex(r"</?(?:think|answer)>| ?(?:Image|Video|Answer) [12]|/10\)\.?|[0-9]{1,2}| ?\p{L}+| ?[^\s\p{L}\p{N}<]+|<|\s+")
     core.pre_tokenizer = Sequence([Split(words, "isolated"), ByteLevel(add_prefix_space=False, use_regex=False)])
@@ -168,9 +168,6 @@ def train_tokenizer(texts: list, vocab_size: int):
 
 def build_small(settings: config.Model, tokenizer) -> tuple:
     """A Qwen2.5-VL of one to two million random weights, N(0, 1/sqrt(fan_in)): the usual 0.02 learns slowly at this width."""
-    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
-    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
-
     width, heads, depth, vision_width = settings.hidden_size, settings.heads, settings.vision_layers, settings.vision_hidden_size
     if width % (2 * heads) or vision_width % 16:
         raise config.UserError("model.hidden_size has to be a multiple of 2 * model.heads, model.vision_hidden_size of 16")
