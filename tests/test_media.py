@@ -21,6 +21,7 @@ import media
 import model as M
 import report
 from results import sheet
+from results.sheet import contact_sheet
 import stages
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -611,7 +612,7 @@ def test_the_sheet_shows_both_candidates_side_by_side_and_text_under_them(tmp_pa
     for name, fill in (("red", (255, 0, 0)), ("blue", (0, 0, 255))):
         Image.new("RGB", (100, 80), fill).save(tmp_path / f"{name}.png")
     sample = data.Sample("x", "image_generation", "a caption " * 30, [str(tmp_path / "red.png"), str(tmp_path / "blue.png")], label=1)
-    report.contact_sheet([sample, sample.swapped()], str(tmp_path / "sheet.png"))
+    contact_sheet([sample, sample.swapped()], str(tmp_path / "sheet.png"))
     sheet = np.asarray(Image.open(tmp_path / "sheet.png")).astype(int)
     where = lambda fill, rows: np.argwhere((sheet[rows] == fill).all(2))
     half = slice(0, sheet.shape[0] // 2)
