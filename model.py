@@ -395,8 +395,9 @@ def completion_logprobs(model, processor: Processor, prompts: list, ids: torch.T
             hidden = model(**inputs, use_cache=False, logits_to_keep=width + 1).logits[:, :-1]  # [B, T, d]
 
     # Piece by piece, and anew in backward: the logits of eight completions of 2,048 tokens, at 152,000 entries, would be 10 GB in fp32.
-    score = lambda states, ids: token_logprobs(model.lm_head(states), ids, banned, temperature)
-    size = max(1, PIECE // model.lm_head.weight.shape[0])
+    head = model.lm_head.weight.float()  # of a bf16 model, the gradients of the pieces are added up in fp32
+    score = lambda states, ids: token_logprobs(F.linear(states, head.to(states.dtype)), ids, banned, temperature)
+    size = max(1, PIECE // len(head))
     pieces = zip(hidden[mask].split(size), ids[mask].split(size))
     made = zip(*[checkpoint(score, *piece, use_reentrant=False, preserve_rng_state=False) for piece in pieces])
     logprobs, entropy = (torch.zeros(mask.shape, device=device).masked_scatter(mask, torch.cat(values)) for values in made)
