@@ -75,17 +75,21 @@ def curves_plot(runs: list) -> None:
 
 
 def changes_plot(named: dict) -> None:
-    """The full model of every changed run against the plain run of its seed."""
+    """The full model of every changed run against the plain run of its seed; what is far off stands at the edge, with its figure."""
     found = {}
     for name, run in named.items():
-        if "-" in name:
+        if "-" in name and run["grpo-think"] is not named[name.partition("-")[0]]["grpo-think"]:  # of some, only a control was changed
             found.setdefault(name.partition("-")[2], []).append((run, named[name.partition("-")[0]]))
     points = {what: 100 * np.array(estimate(gain(runs, "grpo-think", "grpo-think", than=seeds)))
               for what, (runs, seeds) in ((what, tuple(map(list, zip(*both)))) for what, both in found.items())}
     order = sorted(points, key=lambda what: points[what][0])
     mean, low, high = np.array([points[what] for what in order]).T
     figure, axis = plt.subplots(figsize=(7, 0.5 + 0.28 * len(order)))
+    edge = -7
     axis.errorbar(mean, range(len(order)), xerr=[mean - low, high - mean], fmt="o", capsize=3)
+    for row in np.flatnonzero(mean < edge):
+        axis.text(edge + 0.15, row, f"\N{BLACK LEFT-POINTING TRIANGLE} {mean[row]:.1f}", va="center")
+    axis.set_xlim(edge, max(high) + 0.5)
     axis.axvline(0, color="grey", linewidth=1)
     axis.set(yticks=range(len(order)), yticklabels=order, title="Full model, points of accuracy against the plain run")
     finish(figure, "changes")
