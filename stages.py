@@ -167,7 +167,7 @@ def give_up(error: str) -> None:
     sys.exit(2)
 
 
-def main(default_stage: str, commands=None) -> None:
+def main(default_stage: str, commands=()) -> None:
     """Entry point of every script: runs a command, {its name: function of the arguments after it}, or the stage and what it needs. A mistake of the
     user's and a fault of the machine's disk or memory are one line on stderr; --debug shows where they came up."""
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
@@ -175,7 +175,7 @@ def main(default_stage: str, commands=None) -> None:
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         join_processes()
-        commands[arguments[0]](arguments[1:]) if arguments and arguments[0] in (commands or {}) else run_stages(default_stage, arguments)
+        commands[arguments[0]](arguments[1:]) if arguments and arguments[0] in commands else run_stages(default_stage, arguments, commands)
         if world()[1] > 1:  # unasked, the threads of gloo may abort a process that exits
             wait_for_all()
             distributed().destroy_process_group()
@@ -193,7 +193,7 @@ def main(default_stage: str, commands=None) -> None:
         give_up(one_line(said) + ("" if isinstance(error, UserError) else f"{after} (--debug says where this was)"))
 
 
-def run_stages(default_stage: str, arguments: list) -> None:
+def run_stages(default_stage: str, arguments: list, commands) -> None:
     import __main__
 
     options, overrides = {}, []
@@ -202,7 +202,8 @@ def run_stages(default_stage: str, arguments: list) -> None:
         if name in ("-h", "--help", "--force", "--explain"):
             options[name] = True
         elif not name.startswith("--"):
-            raise UserError(f"unexpected argument {name!r}; settings are given as --section.key value")
+            known = f", commands are {', '.join(commands)}" if commands else ""
+            raise UserError(f"unexpected argument {name!r}; settings are given as --section.key value{known}")
         elif "." not in name and name not in ("--config", "--stage", "--out"):
             raise UserError(f"unknown option {name}; options are --config, --stage, --out, --force, --explain, --help, --debug and --section.key")
         elif (value := next(words, None)) is None:

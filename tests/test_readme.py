@@ -40,8 +40,12 @@ def test_the_files_table_lists_every_script_and_nothing_else():
 
 @pytest.mark.parametrize("page", PAGES)
 def test_links_within_the_repository_lead_somewhere(page):
-    for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", PAGES[page]):
-        assert ((ROOT / page).parent / target).exists(), target
+    for target, anchor in re.findall(r"\]\((?!https?:)([^)#]*)(?:#([^)]+))?\)", PAGES[page]):
+        file = (ROOT / page).parent / target if target else ROOT / page
+        assert file.exists(), target
+        if anchor:
+            headings = re.findall(r"^#+ (.*)", file.read_text(), re.MULTILINE)
+            assert anchor in [re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings], (target, anchor)
 
 
 @pytest.mark.parametrize("name", sorted(set(re.findall(r"`((?:tests|configs|docs)/[\w./-]+)`", TEXT))))
