@@ -10,6 +10,7 @@ cache. `completion_logprobs(..., share_prompt=False)` is the plain form, one ful
 """
 
 import contextlib
+import ctypes
 import functools
 import json
 from dataclasses import dataclass, field
@@ -33,6 +34,8 @@ import decode
 import media
 
 transformers.utils.logging.disable_progress_bar()  # loading the small model takes less time than drawing the bar
+if hasattr(libc := ctypes.CDLL(None), "mallopt"):  # glibc gives freed memory back at once, and the next layer waits for as many zeroed pages
+    libc.mallopt(-1, 2**30), libc.mallopt(-3, 2**25)  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD; 5 to 10% of all time on a CPU
 
 IM_START, IM_END, PAD = "<|im_start|>", "<|im_end|>", "<|endoftext|>"
 VISION = ("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
@@ -41,6 +44,7 @@ BACKBONES = ("qwen2_5_vl", "qwen3_vl", "llava_onevision")
 LANGUAGE_WEIGHTS = ("model.language_model.", "lm_head.")
 VISION_WEIGHTS = ("model.visual.", "model.vision_tower.", "model.multi_modal_projector.", "model.image_newline")
 PIECE = 2**25  # logits that are in memory at a time, as scores are taken: 128 MB in fp32
+PATCHES = {}  # of image files, for each kind of image processor; every stage asks for the same files
 SAFE = {"trust_remote_code": False, "use_safetensors": True}  # a checkpoint is data: neither its code nor its pickles are run
 KEPT_FILES = ("processor_config.json", "video_preprocessor_config.json", "chat_template.json")  # of a real checkpoint, for other programs
 
@@ -88,7 +92,7 @@ def load(path: str, dtype: torch.dtype | None = None, shard: bool = False) -> tu
     if kind.model_type == "llava_onevision":
         model.model.register_forward_pre_hook(llava_inputs, with_kwargs=True)
     model = spread(model, dtype) if shard else model.to("cuda" if gpu else "cpu")
-    return model.eval(), Processor(tokenizer, image_processor, files)
+    return model.eval(), Processor(tokenizer, image_processor, files, PATCHES.setdefault(image_processor.to_json_string(), {}))
 
 
 def spread(model, dtype: torch.dtype):
@@ -137,7 +141,8 @@ def freeze_vision(model) -> None:
 def image_patches(processor: Processor, path: str, tiled: bool = True) -> tuple:
     """(patches [n, d], or tiles [n, 3, height, width]; grid [3]) of one file as its backbone takes them, fp32; a gigabyte is kept, as every
     epoch and every group asks for them again."""
-    if (path, tiled) not in processor.patches:
+    key = path, Path(path).exists() and Path(path).stat().st_mtime_ns, media.limits.max_pixels, tiled  # a file may be written anew
+    if key not in processor.patches:
         image = media.read_image(path)
         made = processor.image_processor(images=[image] if tiled else [[image] * 2], return_tensors="pt")
         if "image_sizes" in made:  # LLaVA: tiles [n, 3, height, width], (n, height, width of the image)
@@ -145,8 +150,8 @@ def image_patches(processor: Processor, path: str, tiled: bool = True) -> tuple:
             made = {"pixel_values": tiles, "image_grid_thw": F.pad(made["image_sizes"], (1, 0), value=len(tiles))}
         if len(processor.patches) * made["pixel_values"].nbytes > 2**30:
             processor.patches.clear()
-        processor.patches[path, tiled] = made["pixel_values"], made["image_grid_thw"][0]
-    return processor.patches[path, tiled]
+        processor.patches[key] = made["pixel_values"], made["image_grid_thw"][0]
+    return processor.patches[key]
 
 
 def encode_media(processor: Processor, part: dict, tiled: bool = True) -> tuple:
@@ -262,13 +267,13 @@ def banned_ids(model, tokenizer) -> torch.Tensor:
     return torch.tensor(sorted({*map(find, VISION), own.image_token_id, own.video_token_id} - {None}))
 
 
-def token_logprobs(logits: torch.Tensor, ids: torch.Tensor, banned: torch.Tensor, temperature: float) -> tuple:
-    """log softmax(logits / T) at `ids`, in fp32, without the banned tokens: exactly the distribution `generate` samples from; and its
-    entropy, without gradient. logits [..., V], ids [...] -> [...], [...]"""
+def token_logprobs(logits: torch.Tensor, ids: torch.Tensor, banned: torch.Tensor, temperature: float, with_entropy: bool = True) -> tuple:
+    """log softmax(logits / T) at `ids`, in fp32, without the banned tokens: exactly the distribution `generate` samples from; and, if asked
+    for, its entropy, without gradient. logits [..., V], ids [...] -> ([...], [...]), else ([...],)"""
     logits = (logits.float() / temperature).index_fill_(-1, banned, float("-inf"))
     logprobs = logits.gather(-1, ids[..., None])[..., 0] - logits.logsumexp(-1)
     with torch.no_grad():
-        return logprobs, torch.special.entr(logits.softmax(-1)).sum(-1)  # entr(p) = -p log p
+        return (logprobs, torch.special.entr(logits.softmax(-1)).sum(-1)) if with_entropy else (logprobs,)  # entr(p) = -p log p
 
 
 @contextlib.contextmanager
@@ -345,12 +350,9 @@ def generate(model, processor: Processor, prompts: list, group_size: int = 1, ma
                 rows, mask, position, token, alive, uniform = rows[keep], mask[keep], position[keep], token[keep], alive[keep], uniform[keep]
                 for part in [fast] if fast else cache.layers:
                     part.batch_select_indices(keep)
-            if fast:
-                logits = fast.step(token, position + step)
-                continue
-            output = model(input_ids=token[:, None], attention_mask=mask[:, : cache.get_seq_length() + 1], past_key_values=cache,
-                           position_ids=(position + step)[None, :, None].expand(3, -1, 1), use_cache=True)
-            logits = output.logits[:, -1]
+            logits = fast.step(token, position + step) if fast else model(
+                input_ids=token[:, None], attention_mask=mask[:, : cache.get_seq_length() + 1], past_key_values=cache,
+                position_ids=(position + step)[None, :, None].expand(3, -1, 1), use_cache=True).logits[:, -1]
     width = max(lengths.tolist(), default=0)
     return Completions(ids[:, :width], lengths, logprobs[:, :width], ids.gather(1, lengths[:, None] - 1)[:, 0] != eos)
 
@@ -396,12 +398,12 @@ def completion_logprobs(model, processor: Processor, prompts: list, ids: torch.T
 
     # Piece by piece, and anew in backward: the logits of eight completions of 2,048 tokens, at 152,000 entries, would be 10 GB in fp32.
     head = model.lm_head.weight.float()  # of a bf16 model, the gradients of the pieces are added up in fp32
-    score = lambda states, ids: token_logprobs(F.linear(states, head.to(states.dtype)), ids, banned, temperature)
+    score = lambda states, ids: token_logprobs(F.linear(states, head.to(states.dtype)), ids, banned, temperature, with_entropy)
     size = max(1, PIECE // len(head))
     pieces = zip(hidden[mask].split(size), ids[mask].split(size))
     made = zip(*[checkpoint(score, *piece, use_reentrant=False, preserve_rng_state=False) for piece in pieces])
-    logprobs, entropy = (torch.zeros(mask.shape, device=device).masked_scatter(mask, torch.cat(values)) for values in made)
-    return (logprobs, entropy) if with_entropy else logprobs
+    logprobs, *entropy = (torch.zeros(mask.shape, device=device).masked_scatter(mask, torch.cat(values)) for values in made)
+    return (logprobs, *entropy) if with_entropy else logprobs
 
 
 # ---------------------------------------------------------------------------------------------------------- real backbones

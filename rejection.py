@@ -33,9 +33,7 @@ def run(stage: str, settings: config.Settings, folder: Path) -> str:
         texts = distill.generate_texts(model, processor, prompts, own, data.THINK, 1, own.temperature, seeds, "judging the pool",
                                        folder / "texts.jsonl")
     good = [distill.why_dropped(text, sample, own.select == "consistent") is None for sample, text in zip(samples, texts)]
-    learnt = good  # by the model, in rejection_sft
-    if own.select == "random":
-        learnt = random.Random(f"{settings.run.seed}/random").sample(good, len(good))
+    learnt = random.Random(f"{settings.run.seed}/random").sample(good, len(good)) if own.select == "random" else good  # in rejection_sft
     correct, wrong, counts = [], [], {task: {"pairs": 0, "correct": 0, "malformed": 0} for task in data.TASKS}
     for sample, text, is_good, is_learnt in zip(samples, texts, good, learnt):
         verdict = data.parse_verdict(text, sample.task)
@@ -48,8 +46,8 @@ def run(stage: str, settings: config.Settings, folder: Path) -> str:
     data.write_jsonl(folder / "wrong.jsonl", wrong)
     config.write_text(folder / "yield.json", json.dumps(counts, indent=1))
     for task, count in counts.items():
-        share = count["correct"] / max(1, count["pairs"])
-        print(f"   {task:<22} {count['correct']:>5} of {count['pairs']} correct ({share:.1%}), {count['malformed']} malformed")
+        print(f"   {task:<22} {count['correct']:>5} of {count['pairs']} correct ({count['correct'] / max(1, count['pairs']):.1%}), "
+              f"{count['malformed']} malformed")
     chosen, left = {"correct": ("correct", "wrong or malformed"), "consistent": ("correct and consistent", "others"),
                     "random": ("drawn by chance", "wrong or malformed")}[own.select]
     return f"{len(correct)} {chosen} -> SFT, {len(wrong)} {left} -> GRPO"

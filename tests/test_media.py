@@ -4,6 +4,7 @@ import collections
 import io
 import json
 import math
+import os
 import random
 import subprocess
 import sys
@@ -122,8 +123,19 @@ def test_the_limit_reaches_the_models_patches(tiny, tmp_path, limits):
     noise((128, 128)).save(tmp_path / "a.png")
     for most, patches in ((64 * 64, 64), (32 * 32, 16)):
         limits.max_pixels = most
-        tiny[1].patches.clear()
         assert M.encode_media(tiny[1], {"type": "image", "image": str(tmp_path / "a.png")})[0].shape[0] == patches
+
+
+def test_a_picture_that_was_written_anew_is_read_anew_by_every_processor(tiny, tmp_path):
+    file, model_path = tmp_path / "a.png", str(ROOT / "configs" / "small-base")
+    seen = lambda processor: M.encode_media(processor, {"type": "image", "image": str(file)})[0].mean().item()
+    other = M.load(model_path)[1]
+    Image.new("RGB", (32, 32), "black").save(file)
+    os.utime(file, (1, 1))
+    black = seen(tiny[1])
+    Image.new("RGB", (32, 32), "white").save(file)
+    assert seen(tiny[1]) == seen(other) > black
+    assert other.patches is M.load(model_path)[1].patches  # the next stage finds what this one has read
 
 
 def claim(path, kind: bytes, body: bytes) -> None:
