@@ -111,9 +111,10 @@ def begin(stage: str, settings: Settings, folder: Path, again: str, anew: bool) 
 
 
 def tidy(folder: Path) -> None:
-    """Deletes what only an unfinished stage needs."""
+    """Deletes what only an unfinished stage needs, before anyone looks at what the folder holds."""
     for file in [*folder.glob("*.state"), folder / "texts.jsonl", folder / "begun.json"] if is_main() else []:
         file.unlink(missing_ok=True)
+    wait_for_all()
 
 
 def do_stage(stage: str, settings: Settings, out: Path, command: str, anew: bool = False) -> None:
@@ -134,7 +135,7 @@ def do_stage(stage: str, settings: Settings, out: Path, command: str, anew: bool
     wait_for_all()
     torch.manual_seed(int.from_bytes(hashlib.sha256(f"{settings.run.seed}/{stage}".encode()).digest()[:4], "big"))
     made = importlib.import_module(script).run(stage, settings, folder)
-    for file in filter(Path.is_file, folder.iterdir()):
+    for file in filter(Path.is_file, folder.iterdir()) if is_main() else []:  # the others would meet files that it is still renaming
         config.flush(file)  # rows and weights are on the disk before done.json says so
     facts = {"id": f"{stage} {time.time_ns()}", "made": made, "seconds": round(time.time() - started, 1), "made_of": facts,
              "settings": {section: dataclasses.asdict(getattr(settings, section)) for section in ["run", *sections]}}
