@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -25,12 +26,27 @@ OVERRIDES = [("grpo_direct.steps", "3"), ("grpo_direct.prompts_per_step", "6"), 
              ("grpo_direct.updates_per_rollout", "2"), ("cold_start.epochs", "1"), ("cold_start.micro_tokens", "600"), ("cold_start.replay", "0")]
 
 
+def run(stage: str, settings: config.Settings, folder: Path) -> str:
+    """A stage of which the first process still writes, and leaves much to be tidied up, when the others are done."""
+    for k in range(3000 if config.is_main() else 0):
+        (folder / f"{k}.state").touch()
+    for k in range(100):
+        config.write_text(folder / f"{k}.jsonl", "x" * 100_000)
+    while not (folder / "30.jsonl").exists():
+        time.sleep(0.001)
+    return "much"
+
+
 def work(out: Path, *jobs) -> None:
     """What every process does, one or many."""
     settings = config.load_settings("smoke", OVERRIDES)
     for job in jobs:
         settings.run.shard = settings.cold_start.gradient_checkpointing = job.endswith("shard")
-        if job in stages.STAGES:
+        if job == "slow":
+            stages.STAGES[job] = ("test_processes", [], [])
+            stages.do_stage(job, settings, out, "")
+            assert not [*(out / job).glob("*.state")], "none goes on before all is tidy"
+        elif job in stages.STAGES:
             stages.do_stage(job, settings, out, "")
         elif job.startswith(("policy", "cold_start")):
             (out / job).mkdir(exist_ok=True)
@@ -61,7 +77,7 @@ def runs(tmp_path_factory) -> dict:
     folders = {n: tmp_path_factory.mktemp(f"processes-{n}") for n in (1, 2, 4)}
     stages = ("data", "base", "distill", "cold_start", "rejection", "policy", "judge")
     work(folders[1], *stages)
-    return {1: (folders[1], 0, ""), 2: (folders[2], *torchrun(2, folders[2], *stages, "cold_start_shard", "policy_shard", "missing")),
+    return {1: (folders[1], 0, ""), 2: (folders[2], *torchrun(2, folders[2], *stages, "cold_start_shard", "policy_shard", "slow", "missing")),
             4: (folders[4], *torchrun(4, folders[4], "data", "policy", "too_few"))}
 
 
@@ -107,6 +123,11 @@ def test_what_fails_in_one_or_all_processes_ends_all_and_is_said_once(runs, proc
     _, code, stderr = runs[processes]
     assert code != 0
     assert [line for line in stderr.splitlines() if line.startswith("error: ")] == [line for line in stderr.splitlines() if says in line][:1] != []
+
+
+def test_no_process_looks_at_a_stage_while_the_first_still_writes_it(runs):
+    folder, _, stderr = runs[2]
+    assert len([*(folder / "slow").iterdir()]) == 101 and stages.made_by("slow", folder), stderr
 
 
 def test_shares_put_together_are_what_was_dealt_out(monkeypatch):
