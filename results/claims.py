@@ -1,6 +1,6 @@
 """The paper's claims C1 to C6 over several seeds, the stage table with error bars, and one row for each thing that was changed.
 
-    for seed in 0 1 2 3 4; do python grpo.py --config small --out runs/seed$seed --run.seed $seed; done
+    for seed in $(seq 0 24); do python grpo.py --config small --out runs/seed$seed --run.seed $seed; done
     cp -r runs/seed0 runs/seed0-beta0 && python grpo.py --config small --out runs/seed0-beta0 --run.seed 0 --grpo.beta 0
     python evaluate.py table runs/seed*                      # or from what --keep wrote: results/seed*.jsonl.gz
 
@@ -24,7 +24,9 @@ from evaluate import interval, pair_scores
 KEYS = [(title, f"{stage}-{mode}") for title, stage, mode in stages.ROWS]
 CURVES = ("reward_accuracy", "reward_format", "reward_consistency", "kl", "entropy", "length", "zero_variance_share")
 COLUMNS = ("split", "id", "swapped", "task", "mode", "label", "answer", "format_ok", "sums_ok", "consistent", "scores_right", "facts_right")
-STUDENT = (12.71, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)  # t at 97.5%, 1 to 9 degrees of freedom; more seeds take the last
+STUDENT = (  # t at 97.5%, 1 to 24 degrees of freedom; more seeds take the last
+    12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179,
+    2.160, 2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064)
 PAPER = {  # accuracy as printed: VLRewardBench, GenAI-Bench image and video (diff), VideoGen-RewardBench (diff)
     "base-answer": (67.5, 70.9, 77.2, 79.3), "grpo_direct-answer": (69.0, 71.3, 78.4, 79.5), "cold_start-think": (66.9, 68.6, 75.3, 76.8),
     "rejection_sft-think": (72.1, 72.0, 78.9, 79.7), "grpo-think": (73.8, 72.5, 82.3, 80.5), "grpo-answer": (73.1, 71.9, 81.6, 79.9)}
@@ -93,7 +95,7 @@ def estimate(samples: list) -> tuple:
     if len(means) == 1:
         span = interval(np.array(samples[0]))
         return means[0], span["low"], span["high"]
-    half = STUDENT[min(len(means), 10) - 2] * np.std(means, ddof=1) / len(means) ** 0.5
+    half = STUDENT[min(len(means) - 1, len(STUDENT)) - 1] * np.std(means, ddof=1) / len(means) ** 0.5
     return float(np.mean(means)), float(np.mean(means) - half), float(np.mean(means) + half)
 
 
