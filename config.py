@@ -164,6 +164,7 @@ class GRPO(Learning):
     gated: bool = setting(False, "pay accuracy only where the verdict follows from sums that add up, instead of adding the rewards up")
     temperature: float = setting(1.0, "sampling temperature; log-probabilities are taken at the same one", allowed=(0.01, 100))
     max_new_tokens: int = setting(2048, "longest completion")
+    replay: float = setting(0.0, "practice examples of the base per prompt; their SFT loss is added (InstructGPT's PPO-ptx; not in the paper)")
     micro_prompts: int = setting(4, "groups per forward pass; changes memory and speed, never the result", False)
     batch_rows: int = setting(256, "completions decoded together; changes memory and speed", False)
 

@@ -15,7 +15,6 @@ K of keys and values, R = H / K, d numbers a head. With rows dropped a prompt ma
 import torch
 import torch.nn.functional as F
 from transformers import Qwen2_5_VLForConditionalGeneration
-from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import apply_rotary_pos_emb
 
 ENABLED = True
 BLOCK = 16  # tokens by which memory grows
@@ -26,63 +25,79 @@ def fits(model) -> bool:
     return ENABLED and type(model) is Qwen2_5_VLForConditionalGeneration and "sliding_attention" not in model.config.text_config.layer_types
 
 
+def paired(size: int) -> torch.Tensor:
+    """0, d/2, 1, d/2 + 1, ...: the order in which two numbers that RoPE turns together stand beside each other."""
+    return torch.arange(size).view(2, -1).mT.flatten()
+
+
 class Decoder:
-    """What a batch remembers from one token to the next. Weights are the model's own and never copied: they move during training."""
+    """What a batch remembers from one token to the next, made anew for every call of `generate`: weights move during training. Queries, keys and
+    values are one product, head by head of the keys: R queries, a key, a value. Rows of queries and keys are reordered so that the two numbers
+    which RoPE turns together stand beside each other, as one complex number."""
 
     def __init__(self, model, cache, mask: torch.Tensor, group_size: int):
         """`cache`: of the prompts' forward; mask [P, L], 0 where a prompt is padded; `group_size` rows for each prompt."""
-        self.text, self.head, self.length = model.model.language_model, model.lm_head, 0
-        self.prompts = [(layer.keys, layer.values) for layer in cache.layers]  # [P, K, L, d] each
-        prompts, self.heads, _, self.size = self.prompts[0][0].shape
-        self.own = [[x.new_empty(prompts * group_size, self.heads, 0, self.size) for x in pair] for pair in self.prompts]  # [B, K, T, d]
-        self.bias = torch.zeros_like(mask, dtype=self.prompts[0][0].dtype).masked_fill(mask == 0, float("-inf"))
+        self.text, self.head, self.length = model.model.language_model, model.lm_head.weight, 0
+        prompts, self.heads, _, self.size = cache.layers[0].keys.shape
+        pairs = paired(self.size).to(mask.device)
+        heads = lambda x: x.unflatten(0, (self.heads, -1, self.size))  # [K, R or 1, d, width]
+        mix = lambda q, k, v: torch.cat([heads(q)[:, :, pairs], heads(k)[:, :, pairs], heads(v)], 1).flatten(0, 2)
+        self.weights = [[mix(*(getattr(part, name) for part in (a.q_proj, a.k_proj, a.v_proj))) for name in ("weight", "bias")]
+                        for a in (layer.self_attn for layer in self.text.layers)]
+        self.prompts = [(layer.keys[..., pairs].flatten(0, 1), layer.values.flatten(0, 1)) for layer in cache.layers]  # [P * K, L, d] each
+        self.own = [[x.new_empty(prompts * self.heads * group_size, 0, self.size) for x in pair] for pair in self.prompts]  # [P * K * S, T, d]
+        self.bias = torch.zeros_like(mask, dtype=self.prompts[0][0].dtype).masked_fill(mask == 0, float("-inf")).repeat_interleave(self.heads, 0)
         self.seat(torch.arange(prompts, device=mask.device).repeat_interleave(group_size))
 
     def seat(self, prompt: torch.Tensor) -> None:
-        """Row b belongs to prompt[b], rows of one prompt beside each other; prompts without a row are dropped."""
-        left, self.prompt, counts = prompt.unique_consecutive(return_inverse=True, return_counts=True)
-        if len(left) < len(self.bias):
-            self.prompts, self.bias = [(keys[left], values[left]) for keys, values in self.prompts], self.bias[left]
+        """Row b belongs to prompt[b], from 0 on, rows of one prompt beside each other."""
+        self.prompt, counts = prompt, prompt.bincount()
         head, place = torch.arange(self.heads, device=prompt.device), torch.arange(len(prompt), device=prompt.device)
-        place = place - (counts.cumsum(0) - counts)[self.prompt]  # of a row among those of its prompt
+        place = place - (counts.cumsum(0) - counts)[prompt]  # of a row among those of its prompt
         self.seats = int(counts.max())
-        self.index = ((self.prompt[:, None] * self.heads + head) * self.seats + place[:, None]).flatten()  # [B * K] into [P, K, S]
+        self.taken = ((prompt[:, None] * self.heads + head) * self.seats + place[:, None]).flatten()  # [B * K] into [P, K, S]
+        self.sitting = torch.zeros(len(counts) * self.heads * self.seats, dtype=torch.long, device=prompt.device)  # [P * K * S] into [B, K]; an
+        self.sitting[self.taken] = torch.arange(len(self.taken), device=prompt.device)  # empty seat sees what the first row's does
 
     def batch_select_indices(self, rows: torch.Tensor) -> None:
-        """Goes on with these rows alone, in their order."""
-        self.own = [[x[rows] for x in pair] for pair in self.own]
-        self.seat(self.prompt[rows])
-
-    def seated(self, x: torch.Tensor) -> torch.Tensor:
-        """[B * K, n] -> [P * K * S, n], 0 in empty seats"""
-        return x.new_zeros(len(self.bias) * self.heads * self.seats, x.shape[1]).index_copy_(0, self.index, x)
+        """Goes on with these rows alone, in their order; prompts without a row are dropped."""
+        old = self.taken.view(-1, self.heads)[rows].flatten()  # where the rows that stay sat
+        left, prompt = self.prompt[rows].unique_consecutive(return_inverse=True)
+        if len(left) * self.heads < len(self.bias):
+            kept = (left[:, None] * self.heads + torch.arange(self.heads, device=left.device)).flatten()
+            self.prompts, self.bias = [(keys[kept], values[kept]) for keys, values in self.prompts], self.bias[kept]
+        self.seat(prompt)
+        self.own = [[x[old[self.sitting]] for x in pair] for pair in self.own]
 
     def attend(self, q, prompt_keys, prompt_values, keys, values, unused) -> torch.Tensor:
-        """softmax(q k' / sqrt(d)) v over the tokens of the prompt and of the completion. q [B, H, d], keys and values [B, K, T, d] -> [B, H * d]"""
-        (rows, _, size), (prompts, heads, length, _), scale = q.shape, prompt_keys.shape, self.size**-0.5
-        take = lambda x, width: x.view(prompts * heads * self.seats, -1).index_select(0, self.index).view(rows * heads, -1, width)
-        bias = self.bias[:, None, None].expand(-1, heads, -1, -1).flatten(0, 1)  # [P * K, 1, L]
-        asked = self.seated(q.reshape(rows * heads, -1)).view(prompts * heads, -1, size)  # [P * K, S * R, d]
-        first = take(torch.baddbmm(bias, asked, prompt_keys.flatten(0, 1).mT, alpha=scale), length)  # [B * K, R, L]
-        second = torch.baddbmm(unused, q.reshape(rows * heads, -1, size), keys.flatten(0, 1).mT, alpha=scale)  # [B * K, R, T]
-        first, second = torch.cat([first, second], -1).softmax(-1).split([length, keys.shape[2]], -1)
-        first = take(self.seated(first.flatten(1)).view(prompts * heads, -1, length) @ prompt_values.flatten(0, 1), size)  # [B * K, R, d]
-        return torch.baddbmm(first, second, values.flatten(0, 1)).view(rows, -1)
+        """softmax(q k' / sqrt(d)) v over the tokens of the prompt and of the completion.
+        q [P * K * S, R, d], prompt_keys, prompt_values [P * K, L, d], keys, values [P * K * S, T, d], unused [T] -> [P * K * S, R, d]"""
+        seats, scale, length = q.shape[0], self.size**-0.5, prompt_keys.shape[1]
+        together = lambda x: x.reshape(len(prompt_keys), -1, x.shape[-1])  # all seats at one prompt: [P * K, S * R, ...]
+        first = torch.baddbmm(self.bias[:, None], together(q), prompt_keys.mT, alpha=scale).view(seats, -1, length)
+        second = torch.baddbmm(unused, q, keys.mT, alpha=scale)  # [P * K * S, R, T]
+        share = torch.cat([first, second], -1).softmax(-1)
+        first = torch.bmm(together(share)[..., :length], prompt_values).view(q.shape)
+        return torch.baddbmm(first, share[..., length:], values)
 
     def step(self, token: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
         """Logits [B, V] of what follows `token` [B], which stands at `position` [B]."""
         norm = lambda layer, x: F.rms_norm(x, x.shape[-1:], layer.weight, layer.variance_epsilon)
-        if self.length == self.own[0][0].shape[2]:
+        if self.length == self.own[0][0].shape[1]:
             self.own = [[F.pad(x, (0, 0, 0, BLOCK)) for x in pair] for pair in self.own]
-        x, now, self.length = self.text.embed_tokens(token), self.length, self.length + 1
-        unused = x.new_zeros(self.own[0][0].shape[2])
+        x, now, self.length = F.embedding(token, self.text.embed_tokens.weight), self.length, self.length + 1
+        unused = x.new_zeros(self.own[0][0].shape[1])
         unused[self.length :] = float("-inf")
-        cos, sin = (table[0] for table in self.text.rotary_emb(x, position.expand(3, 1, -1)))  # [B, d]
-        for layer, prompt, (keys, values) in zip(self.text.layers, self.prompts, self.own):
-            attention, y = layer.self_attn, norm(layer.input_layernorm, x)
-            q, k, v = (project(y).view(len(y), -1, self.size) for project in (attention.q_proj, attention.k_proj, attention.v_proj))
-            q, keys[:, :, now] = apply_rotary_pos_emb(q, k, cos, sin)
-            values[:, :, now] = v
-            x = x + attention.o_proj(self.attend(q, *prompt, keys, values, unused))
-            x = x + layer.mlp(norm(layer.post_attention_layernorm, x))
-        return self.head(norm(self.text.norm, x))
+        angle = position[:, None, None, None] * self.text.rotary_emb.inv_freq.float()  # [B, 1, 1, d / 2]
+        turn = torch.polar(torch.ones_like(angle), angle)
+        for layer, mix, prompt, (keys, values) in zip(self.text.layers, self.weights, self.prompts, self.own):
+            mixed = F.linear(norm(layer.input_layernorm, x), *mix).view(len(x), self.heads, -1, self.size)  # [B, K, R + 2, d]
+            turned = torch.view_as_real(torch.view_as_complex(mixed[:, :, :-1].float().unflatten(-1, (-1, 2))) * turn).flatten(-2)
+            mixed[:, :, :-1] = turned
+            mixed = mixed.flatten(0, 1)[self.sitting]  # [P * K * S, R + 2, d]
+            keys[:, now], values[:, now] = mixed[:, -2], mixed[:, -1]
+            made = self.attend(mixed[:, :-2], *prompt, keys, values, unused).flatten(1)[self.taken].view(len(x), -1)  # [B, H * d]
+            x = x + F.linear(made, layer.self_attn.o_proj.weight)
+            y, mlp = norm(layer.post_attention_layernorm, x), layer.mlp
+            x = x + F.linear(mlp.act_fn(F.linear(y, mlp.gate_proj.weight)) * F.linear(y, mlp.up_proj.weight), mlp.down_proj.weight)
+        return F.linear(norm(self.text.norm, x), self.head)

@@ -13,7 +13,8 @@ times a tiny KL (only weighed by lengths, as `normalise` token and constant do, 
 REINFORCE with the group's mean as baseline. Watch the rewards instead.
 
 Departures from the paper, all off unless the settings say so: pairs are shown in either order (random_order); rewards for sums that add up and
-a verdict that follows from them (consistency_weight) and for right scores (dimension_weight); accuracy that counts only with the former (gated).
+a verdict that follows from them (consistency_weight) and for right scores (dimension_weight); accuracy that counts only with the former (gated);
+the SFT loss of some of the base's exercises, added to this one (replay, as InstructGPT's PPO-ptx, arXiv 2203.02155).
 Departures from the official code: (1) denominators are those of the whole update, fixed before the micro-batch loop. (2) A group of
 equal rewards gets advantages of exactly 0. (3) The format reward wants the whole text to match: nothing after </answer>. (4)
 Log-probabilities are those of the distribution that was sampled. (5) The prompt is run once per group, for the update as for the rollout.
@@ -33,7 +34,7 @@ import data
 import model as M
 import stages
 from resume import steps_to_go
-from sft import batches, finish_update, learning_rate, optimizer_for
+from sft import add_gradients, batches, finish_update, learning_rate, optimizer_for, practice_examples
 
 # ---------------------------------------------------------------------------------------------------------- the mathematics
 
@@ -133,8 +134,10 @@ def rollout(model, processor, samples: list, own: config.GRPO, prompts: list, se
     return made, texts, {name: torch.tensor([[r[name] for _, r in group] for group in groups]) for name in groups[0][0][1]}
 
 
-def update(model, processor, optimizer, prompts: list, made: M.Completions, advantages: torch.Tensor, ref_logprobs, own: config.GRPO) -> dict:
-    """One optimiser step on a rollout, in micro-batches of whole groups. advantages [P, G]. Returns the update's metrics."""
+def update(model, processor, optimizer, prompts: list, made: M.Completions, advantages: torch.Tensor, ref_logprobs, own: config.GRPO,
+           replayed: list = (), micro_tokens: int = 0) -> dict:
+    """One optimiser step on a rollout, in micro-batches of whole groups. advantages [P, G]. `replayed`: SFT examples whose loss is added, in
+    micro-batches of `micro_tokens`. Returns the update's metrics."""
     G, mask, totals = own.group_size, made.mask, {}
     counts = config.gather([(len(mask), int(mask.sum()))])  # of every process: denominators are those of the whole update
     rollouts, tokens = sum(n for n, _ in counts), sum(n for _, n in counts)
@@ -153,6 +156,8 @@ def update(model, processor, optimizer, prompts: list, made: M.Completions, adva
         metrics |= {"loss": loss.item(), "entropy": entropy.sum().item() / tokens, "length": made.lengths[rows].sum().item() / rollouts,
                     "truncated_share": made.truncated[rows].sum().item() / rollouts}
         totals = {name: totals.get(name, 0.0) + value for name, value in metrics.items()}
+    if replayed:
+        totals["replay_loss"], _ = add_gradients(model, processor, replayed, micro_tokens)
     return finish_update(optimizer, totals, own)
 
 
@@ -174,17 +179,19 @@ def run(stage: str, settings: config.Settings, folder: Path) -> str:
     own, out = getattr(settings, stage), folder.parent
     samples = training_samples(own, out)
     start = stages.checkpoint(own.start, settings, out)
-    processes = config.world()[1]
-    if own.prompts_per_step < processes or (settings.run.shard and own.prompts_per_step % processes):
+    processes, replay = config.world()[1], round(own.replay * own.prompts_per_step)
+    if own.prompts_per_step < processes or (settings.run.shard and (own.prompts_per_step % processes or replay % processes)):
         raise config.UserError(f"prompts_per_step = {own.prompts_per_step} cannot be dealt out to {processes} processes"
-                               + f": run.shard needs a multiple of {processes}" * settings.run.shard)
+                               + f": run.shard needs a multiple of {processes}, times replay as well" * settings.run.shard)
     model, processor = M.load(start, shard=settings.run.shard)
     reference = M.load(start, shard=settings.run.shard)[0] if own.beta else None
     optimizer = optimizer_for(model, own)
     turn = lambda sample, rng: sample.swapped() if own.random_order and sample.turns and rng.random() < 0.5 else sample
     drawn = batches(samples, own.prompts_per_step, f"{settings.run.seed}/{stage}", turn)
+    practice = practice_examples(settings, folder, replay * own.steps, without="compare") if replay else []
+    drawn = zip(drawn, batches(practice, replay, f"{settings.run.seed}/{stage}/replay"))
     # One batch a step, whatever the step does with it: a run that goes on after a stop skips as many as there were steps.
-    for step, batch in steps_to_go(drawn, own.steps, stage, folder, model, optimizer, own.save_minutes):
+    for step, (batch, replayed) in steps_to_go(drawn, own.steps, stage, folder, model, optimizer, own.save_minutes):
         clock, mine = [time.time()], config.share(batch)  # the prompts of this process; all of them, where it is the only one
         prompts = encode_prompts(processor, model, mine, own)
         draw = random.Random(f"{settings.run.seed}/{stage}/{step}")  # what is sampled depends on step and prompt, not on the process
@@ -203,7 +210,8 @@ def run(stage: str, settings: config.Settings, folder: Path) -> str:
         clock.append(time.time())
         optimizer.param_groups[0]["lr"] = rate = learning_rate(step, own.steps, own.lr, own.warmup)
         for _ in range(own.updates_per_rollout):
-            metrics = update(model, processor, optimizer, prompts, made, config.share(advantages), ref_logprobs, own)
+            metrics = update(model, processor, optimizer, prompts, made, config.share(advantages), ref_logprobs, own, replayed,
+                             settings.rejection_sft.micro_tokens)
         clock.append(time.time())
         means = {f"reward_{name}": reward.mean().item() for name, reward in rewards.items()}
         row = {"step": step + 1, "reward": total.mean().item()} | means | metrics | {

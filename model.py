@@ -13,7 +13,7 @@ import contextlib
 import ctypes
 import functools
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -270,10 +270,10 @@ def banned_ids(model, tokenizer) -> torch.Tensor:
 def token_logprobs(logits: torch.Tensor, ids: torch.Tensor, banned: torch.Tensor, temperature: float, with_entropy: bool = True) -> tuple:
     """log softmax(logits / T) at `ids`, in fp32, without the banned tokens: exactly the distribution `generate` samples from; and, if asked
     for, its entropy, without gradient. logits [..., V], ids [...] -> ([...], [...]), else ([...],)"""
-    logits = (logits.float() / temperature).index_fill_(-1, banned, float("-inf"))
-    logprobs = logits.gather(-1, ids[..., None])[..., 0] - logits.logsumexp(-1)
+    logprobs = (logits.float() / temperature).index_fill_(-1, banned, float("-inf")).log_softmax(-1)
     with torch.no_grad():
-        return (logprobs, torch.special.entr(logits.softmax(-1)).sum(-1)) if with_entropy else (logprobs,)  # entr(p) = -p log p
+        entropy = (-(logprobs.exp() * logprobs.clamp(min=-1e4)).sum(-1),) if with_entropy else ()  # clamped: 0 times -inf is not a number
+    return logprobs.gather(-1, ids[..., None])[..., 0], *entropy
 
 
 @contextlib.contextmanager
@@ -312,7 +312,7 @@ def generate(model, processor: Processor, prompts: list, group_size: int = 1, ma
     banned = banned_ids(model, processor.tokenizer).to(device)
     total = len(prompts) * group_size
     ids = torch.full((total, max_new_tokens), processor.tokenizer.pad_token_id, device=device)
-    logprobs, lengths = torch.zeros(total, max_new_tokens, device=device), torch.full((total,), max_new_tokens, device=device)
+    logprobs = torch.zeros(total, max_new_tokens, device=device)
     seeds = torch.randint(2**32, (len(prompts),)).tolist() if seeds is None else seeds
     order = sorted(range(len(prompts)), key=lambda p: len(prompts[p]["ids"]))
     size = max(1, batch_rows // group_size)
@@ -331,17 +331,13 @@ def generate(model, processor: Processor, prompts: list, group_size: int = 1, ma
         uniform = [torch.rand(group_size, max_new_tokens, dtype=torch.float64, generator=torch.Generator().manual_seed(seeds[p])) for p in batch]
         uniform = torch.cat(uniform).to(device)  # [B, T]
         for step in range(max_new_tokens):
-            scores = (logits.float() / (temperature or 1.0)).index_fill(-1, banned, float("-inf"))
-            token = scores.argmax(-1)
+            scores = (logits.float() / (temperature or 1.0)).index_fill(-1, banned, float("-inf")).log_softmax(-1)
+            token = scores.argmax(-1) if not temperature else None
             if temperature:  # the first whose cumulated probability exceeds the row's number; in fp32 a large vocabulary would lose its unlikely ones
-                cumulated = scores.softmax(-1).cumsum(-1, dtype=torch.float64)
+                cumulated = scores.exp().cumsum(-1, dtype=torch.float64)
                 token = torch.searchsorted(cumulated, (uniform[:, step] * cumulated[:, -1])[:, None], right=True)[:, 0]
-            chosen = scores.gather(-1, token[:, None])[:, 0] - scores.logsumexp(-1)
-            live = rows[alive]
-            ids[live, step], logprobs[live, step] = token[alive], chosen[alive]
-            ended = alive & (token == eos)
-            lengths[rows[ended]] = step + 1
-            alive = alive & ~ended
+            ids[rows, step], logprobs[rows, step] = token, scores.gather(-1, token[:, None])[:, 0]  # of rows that have ended, too: cleared below
+            alive &= token != eos
             left = int(alive.sum())
             if left == 0 or step + 1 == max_new_tokens:
                 break
@@ -353,8 +349,11 @@ def generate(model, processor: Processor, prompts: list, group_size: int = 1, ma
             logits = fast.step(token, position + step) if fast else model(
                 input_ids=token[:, None], attention_mask=mask[:, : cache.get_seq_length() + 1], past_key_values=cache,
                 position_ids=(position + step)[None, :, None].expand(3, -1, 1), use_cache=True).logits[:, -1]
+    ends = ids == eos
+    lengths = torch.where(ends.any(1), ends.int().argmax(1) + 1, max_new_tokens)
     width = max(lengths.tolist(), default=0)
-    return Completions(ids[:, :width], lengths, logprobs[:, :width], ids.gather(1, lengths[:, None] - 1)[:, 0] != eos)
+    made = Completions(ids[:, :width], lengths, logprobs[:, :width], ~ends.any(1))
+    return replace(made, ids=made.ids.masked_fill(~made.mask, processor.tokenizer.pad_token_id), logprobs=made.logprobs.masked_fill(~made.mask, 0.0))
 
 
 # ---------------------------------------------------------------------------------------------------------------- scoring

@@ -136,27 +136,34 @@ def micro_batches(batch: list, limit: int, processes: int = 1) -> list:
     return pieces
 
 
+def add_gradients(model, processor, examples: list, micro_tokens: int) -> tuple:
+    """Adds the gradient of the SFT loss of one batch, [(content parts, response)]. Returns (this process's part of the loss, the response tokens of
+    all processes, by which all gradients were divided)."""
+    pad, device, processes, total = processor.tokenizer.pad_token_id, M.device_of(model), config.world()[1], 0.0
+    batch = sorted((encode_example(processor, model, example) for example in examples), key=lambda e: len(e["ids"]))  # like lengths together
+    tokens = sum(len(e["ids"]) - e["prompt_length"] for e in batch)  # the denominator of the whole update
+    for micro in filter(None, map(config.share, micro_batches(batch, micro_tokens, processes))):
+        inputs = M.collate(micro, "right", pad, device)
+        logits = model(**inputs, use_cache=False).logits
+        loss = sft_loss(logits, inputs["input_ids"], response_mask(micro, logits.shape[1]).to(device), tokens)
+        loss.backward()
+        total += loss.item()
+    return total, tokens
+
+
 def train(model, processor, examples: list, settings: config.SFT, folder: Path, seed: str, label: str) -> None:
     """Plain SFT of `model`, in place, on [(content parts, response)]; writes folder/metrics.jsonl, and goes on from a state of this label there."""
     if not examples:
         raise config.UserError(f"{label}: there is nothing to train on")
     optimizer = optimizer_for(model, settings, settings.weight_decay)
-    device, pad, started, processes = M.device_of(model), processor.tokenizer.pad_token_id, time.time(), config.world()[1]
+    started, processes = time.time(), config.world()[1]
     steps = max(1, round(len(examples) * settings.epochs / settings.batch_size))
     if isinstance(model, FSDPModule) and settings.batch_size % processes:
         raise config.UserError(f"{label}: batch_size = {settings.batch_size} is no multiple of the {processes} processes, which run.shard needs")
     for step, taken in steps_to_go(batches(examples, settings.batch_size, seed), steps, label, folder, model, optimizer, settings.save_minutes):
-        batch = sorted((encode_example(processor, model, example) for example in taken), key=lambda e: len(e["ids"]))  # like lengths together
-        tokens = sum(len(e["ids"]) - e["prompt_length"] for e in batch)  # of all processes: the denominator of the whole update
         optimizer.param_groups[0]["lr"] = rate = learning_rate(step, steps, settings.lr, settings.warmup)
         optimizer.zero_grad()
-        total = 0.0
-        for micro in filter(None, map(config.share, micro_batches(batch, settings.micro_tokens, processes))):
-            inputs = M.collate(micro, "right", pad, device)
-            logits = model(**inputs, use_cache=False).logits
-            loss = sft_loss(logits, inputs["input_ids"], response_mask(micro, logits.shape[1]).to(device), tokens)
-            loss.backward()
-            total += loss.item()
+        total, tokens = add_gradients(model, processor, taken, settings.micro_tokens)
         totals = finish_update(optimizer, {"loss": total}, settings)
         row = {"phase": label, "step": step + 1, "loss": round(totals["loss"], 5), "lr": rate, "grad_norm": round(totals["grad_norm"], 4)}
         config.log(folder, row | {"skipped": totals["skipped"], "tokens": tokens, "seconds": round(time.time() - started, 2)})

@@ -57,10 +57,14 @@ def test_tokens_and_log_probabilities_are_those_of_the_models_own_forward(reques
     fast, plain, rows = both_ways(monkeypatch, model, processor, prompts, group_size, 50, temperature, seeds=range(8))
     assert len(set(rows)) > 1 or not temperature, "rows drop out on the way"
     assert len({len(p["ids"]) for p in prompts}) > 4 and len(rows) > 2 * decode.BLOCK
-    assert fast.ids.tolist() == plain.ids.tolist() and fast.lengths.tolist() == plain.lengths.tolist()
+    same = (fast.ids[:, : plain.ids.shape[1]] == plain.ids[:, : fast.ids.shape[1]]).all(1)
+    for one, other in zip(fast.ids[~same].tolist(), plain.ids[~same].tolist()):  # a number that falls on the border between two tokens is rounded
+        at = next(k for k in range(50) if one[k] != other[k])
+        assert temperature and abs(one[at] - other[at]) == 1, "neighbours in the order in which probabilities are added up"
+    assert (~same).sum() <= 1 and fast.lengths[same].tolist() == plain.lengths[same].tolist()
     with torch.no_grad():
         exact = M.completion_logprobs(copy.deepcopy(model).double(), processor, prompts, fast.ids, fast.lengths, temperature or 1.0, False)
-    error = lambda made: (made.logprobs - exact).abs().max().item()
+    error = lambda made: (made.logprobs[same] - exact[same]).abs().max().item()
     assert error(fast) < max(1e-5, 2 * error(plain))  # the base's logits reach tens: fp32 rounds the model's own forward no finer
 
 
@@ -85,16 +89,17 @@ def test_every_row_attends_to_its_own_prompt_and_tokens_whichever_rows_are_dropp
     mask = torch.ones(4, 5).long()
     mask[2, :2] = 0
     decoder = decode.Decoder(model, cache, mask, 3)
-    decoder.own = [[random(12, 2, 7, 8) for _ in "kv"] for _ in range(3)]
+    decoder.own = [[random(24, 7, 8) for _ in "kv"] for _ in range(3)]
     keep, prompt = torch.tensor([0, 1, 2, 7, 9, 11]), [0, 0, 0, 2, 3, 3]
-    keys, values = (x[keep] for x in decoder.own[1])
+    keys, values = (x[decoder.taken.view(12, 2)[keep]] for x in decoder.own[1])  # [6 rows, 2 heads, 7, 8]
     decoder.batch_select_indices(keep)
     q, unused = random(6, 6, 8), torch.tensor([0.0] * 4 + [float("-inf")] * 3)
-    made = decoder.attend(q, *decoder.prompts[1], *decoder.own[1], unused).view(6, 6, 8)
+    seated = q.view(12, 3, 8)[decoder.sitting]  # [4 prompts * 2 heads * 3 seats, 3, 8], less the prompt without a row
+    made = decoder.attend(seated, *decoder.prompts[1], *decoder.own[1], unused)[decoder.taken].view(6, 6, 8)
     for row, p in enumerate(prompt):
         for head in range(6):
             first = slice(int((mask[p] == 0).sum()), None)
-            k = torch.cat([cache.layers[1].keys[p, head // 3, first], keys[row, head // 3, :4]])
+            k = torch.cat([cache.layers[1].keys[p, head // 3, first][:, decode.paired(8)], keys[row, head // 3, :4]])
             v = torch.cat([cache.layers[1].values[p, head // 3, first], values[row, head // 3, :4]])
             assert torch.allclose(made[row, head], (k @ q[row, head] / 8**0.5).softmax(0) @ v, atol=1e-5)
 

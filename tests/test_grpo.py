@@ -320,11 +320,11 @@ def rolled(tiny, prompts):
     return prompts[:4], made, grpo.group_advantages(rewards)
 
 
-def one_update(tiny, rolled, lr=0.05, **changes):
+def one_update(tiny, rolled, lr=0.05, replayed=(), **changes):
     """(model after one update, metrics). Plain SGD shows the size of the gradient, which Adam hides."""
     model, (prompts, made, advantages) = copy.deepcopy(tiny[0]), rolled
-    reference = made.logprobs + 0.1
-    return model, grpo.update(model, tiny[1], torch.optim.SGD(model.parameters(), lr=lr), prompts, made, advantages, reference, own_settings(**changes))
+    optimizer, reference = torch.optim.SGD(model.parameters(), lr=lr), made.logprobs + 0.1
+    return model, grpo.update(model, tiny[1], optimizer, prompts, made, advantages, reference, own_settings(**changes), replayed, 200)
 
 
 def distance(one, other) -> float:
@@ -353,6 +353,26 @@ def test_an_update_is_one_step_of_reinforce(tiny, rolled):
     model, metrics = one_update(tiny, rolled, beta=0.0)
     assert distance(model, textbook) < 1e-4 * distance(model, tiny[0])
     assert metrics["loss"] == pytest.approx(0, abs=1e-6) and metrics["grad_norm"] == pytest.approx(distance(model, tiny[0]) / 0.05, rel=1e-3)
+
+
+def test_replay_adds_the_sft_gradient_of_its_examples(tiny, rolled, samples):
+    """Against transformers' own loss, whose mean over a row is weighed by the row's tokens: micro-batches of 200 tokens hold one or two rows."""
+    model, processor = copy.deepcopy(tiny[0]), tiny[1]
+    examples = [(data.build_prompt(s, "answer"), f"<answer>{data.verdict_string(s.task, s.label)}</answer>" + " really" * k) for k, s in enumerate(samples[::3])]
+    encoded = [sft.encode_example(processor, model, example) for example in examples]
+    responses = [len(e["ids"]) - e["prompt_length"] for e in encoded]
+    for one, tokens in zip(encoded, responses):
+        inputs = M.collate([one], "right", 0, "cpu")
+        labels = inputs["input_ids"].clone()
+        labels[:, : one["prompt_length"]] = -100
+        loss = model(**inputs, labels=labels).loss * tokens / sum(responses)
+        loss.backward()
+    plain, before = one_update(tiny, rolled)
+    both, metrics = one_update(tiny, rolled, replayed=examples)
+    assert len(set(responses)) == 4 and metrics["loss"] == before["loss"] and metrics["replay_loss"] > 1
+    for one, two, parameter in zip(plain.parameters(), both.parameters(), model.parameters()):
+        moved = torch.zeros_like(one) if parameter.grad is None else -0.05 * parameter.grad
+        assert torch.allclose(two - one, moved, atol=1e-6)
 
 
 def test_the_gradient_is_scaled_down_to_max_grad_norm(tiny, rolled):
