@@ -48,9 +48,6 @@ SKILLS = (
 # After it, what the mixture has not taught: which of the items are in which of two pictures takes by far the longest, and a candidate's line
 # has to be found again with all dimensions around it.
 COMPARISONS = (("pairing", 2.5, *CONSISTENCY), ("comparing", 4.0, ("compare",) * 6 + ("name_pair",) + ("direct",) * 2, TASKS, None))
-# Last, the items of two clips once more, on clips of their own: of the pairs above, seen tens of times each, the answers are known by heart, and on
-# new ones one line in ten was wrong. The mixture that follows is of new pairs, too.
-CLIPS = ("clips", 1.5, CONSISTENCY[0], ("video_generation",), CONSISTENCY[2])
 
 
 def practice(rng: random.Random, kind: str, sample: Sample, scenes: list, dimensions: list | None = None) -> tuple:
@@ -123,19 +120,18 @@ def write_practice(folder, pairs: int, rows_per_pair: int, simple: int, rng: ran
     """Practice of the base in the official SFT schema, one file for each phase of `sft.build_base`: SKILLS (`simple` exercises times the
     factor); practice.jsonl, a mixture of all exercises, and if `simple` is 0 the only file; COMPARISONS; consolidation.jsonl, the mixture again, with
     more comparing and less of understanding, which is learnt sooner. One generation pair in five is a tie, which only the direct mode can say."""
-    plan = [(TASKS[k % 4], is_generation(TASKS[k % 4]) and k % 40 < 8) for k in range(pairs)]
-    made = write_split(folder, "pairs", plan, SEEN, rng)
+    made = write_split(folder, "pairs", [(TASKS[k % 4], is_generation(TASKS[k % 4]) and k % 40 < 8) for k in range(pairs)], SEEN, rng)
 
     def exercise(kind, sample, scenes, dimensions=None):
         parts, response = practice(rng, kind, sample, scenes, dimensions)
         text, images = to_text(parts)
         return {"kind": kind, "conversations": [{"from": "human", "value": text}, {"from": "gpt", "value": response}], "images": images}
 
-    def skill(factor, kinds, among, dimensions, made=made):
+    def skill(factor, kinds, among, dimensions):
         able = [pair for pair in made if pair[0].task in among]
         return [exercise(kind, *rng.choice(able), dimensions) for kind in rng.choices(kinds, k=round(factor * simple))]
 
-    def mixture(weights, of_understanding, made=made):
+    def mixture(weights, of_understanding):
         rows = []
         for sample, scenes in made:
             kinds = rng.choices(list(weights), list(weights.values()), k=rows_per_pair if is_generation(sample.task) else of_understanding)
@@ -147,8 +143,6 @@ def write_practice(folder, pairs: int, rows_per_pair: int, simple: int, rng: ran
     if simple:
         files |= {name: skill(*rest) for name, *rest in COMPARISONS}
         files["consolidation"] = mixture(CONSOLIDATION, rows_per_pair // 3)
-        files["clips"] = skill(*CLIPS[1:], write_split(folder, "clips", [("video_generation", False)] * (pairs // 2), SEEN, rng))
-        files["closing"] = mixture(CONSOLIDATION, rows_per_pair // 3, write_split(folder, "closing", plan, SEEN, rng))
     for file, rows in files.items():
         write_jsonl(folder / f"{file}.jsonl", rows)
 
@@ -227,7 +221,7 @@ def build_base(settings: config.Settings, folder: Path) -> str:
     model, processor = build_small(settings.model, tokenizer)
     skill, once = config.dataclasses.replace(base, epochs=1.0, lr=base.simple_lr), config.dataclasses.replace(base, epochs=1.0)
     phases = [(name, skill) for name, *_ in SKILLS] + [("practice", base)]
-    phases += [(name, once) for name, *_ in COMPARISONS] + [("consolidation", base), (CLIPS[0], once), ("closing", once)]
+    phases += [(name, once) for name, *_ in COMPARISONS] + [("consolidation", base)]
     begun = [k for k, (phase, _) in enumerate(phases) if any(folder.glob(f"base: {phase}.*.0.state"))]
     for phase, own in phases[max(begun, default=0) :]:  # a state has all that was learnt before it
         sft.train(model, processor, data.read_conversations(folder / f"{phase}.jsonl"), own, folder, phase, f"base: {phase}")
