@@ -88,8 +88,8 @@ class Decoder:
         x, now, self.length = F.embedding(token, self.text.embed_tokens.weight), self.length, self.length + 1
         unused = x.new_zeros(self.own[0][0].shape[1])
         unused[self.length :] = float("-inf")
-        angle = position[:, None, None, None] * self.text.rotary_emb.inv_freq.float()  # [B, 1, 1, d / 2]
-        turn = torch.polar(torch.ones_like(angle), angle)
+        tables = self.text.rotary_emb(x, position.expand(3, 1, -1))  # cos and sin, their second half like the first
+        turn = torch.complex(*(table[0, :, None, None, : self.size // 2].float() for table in tables))  # [B, 1, 1, d / 2]
         for layer, mix, prompt, (keys, values) in zip(self.text.layers, self.weights, self.prompts, self.own):
             mixed = F.linear(norm(layer.input_layernorm, x), *mix).view(len(x), self.heads, -1, self.size)  # [B, K, R + 2, d]
             turned = torch.view_as_real(torch.view_as_complex(mixed[:, :, :-1].float().unflatten(-1, (-1, 2))) * turn).flatten(-2)
