@@ -25,11 +25,6 @@ def fits(model) -> bool:
     return ENABLED and type(model) is Qwen2_5_VLForConditionalGeneration and "sliding_attention" not in model.config.text_config.layer_types
 
 
-def paired(size: int) -> torch.Tensor:
-    """0, d/2, 1, d/2 + 1, ...: the order in which two numbers that RoPE turns together stand beside each other."""
-    return torch.arange(size).view(2, -1).mT.flatten()
-
-
 class Decoder:
     """What a batch remembers from one token to the next, made anew for every call of `generate`: weights move during training. Queries, keys and
     values are one product, head by head of the keys: R queries, a key, a value. Rows of queries and keys are reordered so that the two numbers
@@ -39,7 +34,7 @@ class Decoder:
         """`cache`: of the prompts' forward; mask [P, L], 0 where a prompt is padded; `group_size` rows for each prompt."""
         self.text, self.head, self.length = model.model.language_model, model.lm_head.weight, 0
         prompts, self.heads, _, self.size = cache.layers[0].keys.shape
-        pairs = paired(self.size).to(mask.device)
+        self.pairs = pairs = torch.arange(self.size, device=mask.device).view(2, -1).mT.flatten()  # 0, d/2, 1, d/2 + 1, ...
         heads = lambda x: x.unflatten(0, (self.heads, -1, self.size))  # [K, R or 1, d, width]
         mix = lambda q, k, v: torch.cat([heads(q)[:, :, pairs], heads(k)[:, :, pairs], heads(v)], 1).flatten(0, 2)
         self.weights = [[mix(*(getattr(part, name) for part in (a.q_proj, a.k_proj, a.v_proj))) for name in ("weight", "bias")]

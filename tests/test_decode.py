@@ -99,7 +99,7 @@ def test_every_row_attends_to_its_own_prompt_and_tokens_whichever_rows_are_dropp
     for row, p in enumerate(prompt):
         for head in range(6):
             first = slice(int((mask[p] == 0).sum()), None)
-            k = torch.cat([cache.layers[1].keys[p, head // 3, first][:, decode.paired(8)], keys[row, head // 3, :4]])
+            k = torch.cat([cache.layers[1].keys[p, head // 3, first][:, decoder.pairs], keys[row, head // 3, :4]])
             v = torch.cat([cache.layers[1].values[p, head // 3, first], values[row, head // 3, :4]])
             assert torch.allclose(made[row, head], (k @ q[row, head] / 8**0.5).softmax(0) @ v, atol=1e-5)
 
