@@ -82,6 +82,7 @@ class Learning:  # what SFT and GRPO have in common
     max_grad_norm: float = setting(1.0, "gradients are scaled down to this norm")
     max_skipped: int = setting(10, "steps in a row that may be skipped, as loss or gradient is not finite; one more ends the run", False, (0, 1e12))
     freeze_vision: bool = setting(True, "train the language model only")
+    micro_tokens: int = setting(16384, "tokens of SFT examples per forward pass, padding included; changes memory and speed, never the result", False)
     gradient_checkpointing: bool = setting(False, "run layers again in backward, not to keep activations (GRPO: prompts once per completion)", False)
     offload: bool = setting(False, "on a GPU: keep fp32 weights, gradients and Adam's moments in host memory", False)
     save_minutes: float = setting(2.0, "minutes between states to go on from after a stop; longer where saving would be 2% of the time", False)
@@ -91,7 +92,6 @@ class Learning:  # what SFT and GRPO have in common
 class SFT(Learning):
     epochs: float = setting(3.0, "passes over the data")
     batch_size: int = setting(128, "examples per optimiser step")
-    micro_tokens: int = setting(16384, "tokens per forward pass, padding included; changes memory and speed, never the result", False)
     weight_decay: float = setting(0.0, "decoupled weight decay of AdamW")
     replay: float = setting(0.0, "practice examples of the base mixed in, per example of the stage's own; keeps direct answering alive")
 
@@ -164,7 +164,8 @@ class GRPO(Learning):
     gated: bool = setting(False, "pay accuracy only where the verdict follows from sums that add up, instead of adding the rewards up")
     temperature: float = setting(1.0, "sampling temperature; log-probabilities are taken at the same one", allowed=(0.01, 100))
     max_new_tokens: int = setting(2048, "longest completion")
-    replay: float = setting(0.0, "practice examples of the base per prompt; their SFT loss is added (InstructGPT's PPO-ptx; not in the paper)")
+    replay: float = setting(0.0, "practice examples of the base per prompt, the same in all updates of a rollout; their mean SFT loss is added "
+                                 "(after InstructGPT's PPO-ptx; not in the paper)")
     micro_prompts: int = setting(4, "groups per forward pass; changes memory and speed, never the result", False)
     batch_rows: int = setting(256, "completions decoded together; changes memory and speed", False)
 

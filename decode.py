@@ -9,7 +9,8 @@ turned by M-RoPE, which is plain RoPE for text. Only attention is done in anothe
                     product over rows with gaps between them takes four times as long as one over all
 
 Letters of shapes: B rows, P prompts, S seats for rows at each prompt, L prompt tokens, T room for new tokens, H heads of queries,
-K of keys and values, R = H / K, d numbers a head. With rows dropped a prompt may have fewer rows than seats; the empty ones cost little.
+K of keys and values, R = H / K, d numbers a head. With rows dropped a prompt may have fewer rows than seats: an empty seat costs attention as
+much as a full one, and the rest of a layer nothing.
 """
 
 import torch
@@ -21,27 +22,30 @@ BLOCK = 16  # tokens by which memory grows
 
 
 def fits(model) -> bool:
-    """Whether `model` has the layers that are written here; one that was spread over processes is of another class."""
-    return ENABLED and type(model) is Qwen2_5_VLForConditionalGeneration and "sliding_attention" not in model.config.text_config.layer_types
+    """Whether `model` has the layers that are written here. One that was spread over processes is of another class, and linear layers that are
+    quantised or adapted are more than their weights."""
+    if not ENABLED or type(model) is not Qwen2_5_VLForConditionalGeneration or "sliding_attention" in model.config.text_config.layer_types:
+        return False
+    return all(type(getattr(layer.self_attn, f"{name}_proj")) is torch.nn.Linear for layer in model.model.language_model.layers for name in "qkv")
 
 
 class Decoder:
-    """What a batch remembers from one token to the next, made anew for every call of `generate`: weights move during training. Queries, keys and
+    """What a batch remembers from one token to the next, made anew for every batch of `generate`: weights move during training. Queries, keys and
     values are one product, head by head of the keys: R queries, a key, a value. Rows of queries and keys are reordered so that the two numbers
     which RoPE turns together stand beside each other, as one complex number."""
 
     def __init__(self, model, cache, mask: torch.Tensor, group_size: int):
         """`cache`: of the prompts' forward; mask [P, L], 0 where a prompt is padded; `group_size` rows for each prompt."""
-        self.text, self.head, self.length = model.model.language_model, model.lm_head.weight, 0
+        self.text, self.head, self.length = model.model.language_model, model.lm_head, 0
         prompts, self.heads, _, self.size = cache.layers[0].keys.shape
         self.pairs = pairs = torch.arange(self.size, device=mask.device).view(2, -1).mT.flatten()  # 0, d/2, 1, d/2 + 1, ...
         heads = lambda x: x.unflatten(0, (self.heads, -1, self.size))  # [K, R or 1, d, width]
         mix = lambda q, k, v: torch.cat([heads(q)[:, :, pairs], heads(k)[:, :, pairs], heads(v)], 1).flatten(0, 2)
-        self.weights = [[mix(*(getattr(part, name) for part in (a.q_proj, a.k_proj, a.v_proj))) for name in ("weight", "bias")]
-                        for a in (layer.self_attn for layer in self.text.layers)]
+        parts = [(a.q_proj, a.k_proj, a.v_proj) for a in (layer.self_attn for layer in self.text.layers)]
+        self.weights = [(mix(q.weight, k.weight, v.weight), mix(q.bias, k.bias, v.bias)) for q, k, v in parts]
         self.prompts = [(layer.keys[..., pairs].flatten(0, 1), layer.values.flatten(0, 1)) for layer in cache.layers]  # [P * K, L, d] each
         self.own = [[x.new_empty(prompts * self.heads * group_size, 0, self.size) for x in pair] for pair in self.prompts]  # [P * K * S, T, d]
-        self.bias = torch.zeros_like(mask, dtype=self.prompts[0][0].dtype).masked_fill(mask == 0, float("-inf")).repeat_interleave(self.heads, 0)
+        self.padding = torch.zeros_like(mask, dtype=self.prompts[0][0].dtype).masked_fill(mask == 0, float("-inf")).repeat_interleave(self.heads, 0)
         self.seat(torch.arange(prompts, device=mask.device).repeat_interleave(group_size))
 
     def seat(self, prompt: torch.Tensor) -> None:
@@ -49,18 +53,18 @@ class Decoder:
         self.prompt, counts = prompt, prompt.bincount()
         head, place = torch.arange(self.heads, device=prompt.device), torch.arange(len(prompt), device=prompt.device)
         place = place - (counts.cumsum(0) - counts)[prompt]  # of a row among those of its prompt
-        self.seats = int(counts.max())
-        self.taken = ((prompt[:, None] * self.heads + head) * self.seats + place[:, None]).flatten()  # [B * K] into [P, K, S]
-        self.sitting = torch.zeros(len(counts) * self.heads * self.seats, dtype=torch.long, device=prompt.device)  # [P * K * S] into [B, K]; an
-        self.sitting[self.taken] = torch.arange(len(self.taken), device=prompt.device)  # empty seat sees what the first row's does
+        seats = int(counts.max())
+        self.taken = ((prompt[:, None] * self.heads + head) * seats + place[:, None]).flatten()  # [B, K]: its seat of [P, K, S]
+        self.sitting = self.taken.new_zeros(len(counts) * self.heads * seats)  # [P, K, S]: who of [B, K] sits there; the first in empty seats
+        self.sitting[self.taken] = torch.arange(len(self.taken), device=prompt.device)
 
     def batch_select_indices(self, rows: torch.Tensor) -> None:
         """Goes on with these rows alone, in their order; prompts without a row are dropped."""
         old = self.taken.view(-1, self.heads)[rows].flatten()  # where the rows that stay sat
         left, prompt = self.prompt[rows].unique_consecutive(return_inverse=True)
-        if len(left) * self.heads < len(self.bias):
+        if len(left) * self.heads < len(self.padding):
             kept = (left[:, None] * self.heads + torch.arange(self.heads, device=left.device)).flatten()
-            self.prompts, self.bias = [(keys[kept], values[kept]) for keys, values in self.prompts], self.bias[kept]
+            self.prompts, self.padding = [(keys[kept], values[kept]) for keys, values in self.prompts], self.padding[kept]
         self.seat(prompt)
         self.own = [[x[old[self.sitting]] for x in pair] for pair in self.own]
 
@@ -69,7 +73,7 @@ class Decoder:
         q [P * K * S, R, d], prompt_keys, prompt_values [P * K, L, d], keys, values [P * K * S, T, d], unused [T] -> [P * K * S, R, d]"""
         seats, scale, length = q.shape[0], self.size**-0.5, prompt_keys.shape[1]
         together = lambda x: x.reshape(len(prompt_keys), -1, x.shape[-1])  # all seats at one prompt: [P * K, S * R, ...]
-        first = torch.baddbmm(self.bias[:, None], together(q), prompt_keys.mT, alpha=scale).view(seats, -1, length)
+        first = torch.baddbmm(self.padding[:, None], together(q), prompt_keys.mT, alpha=scale).view(seats, -1, length)
         second = torch.baddbmm(unused, q, keys.mT, alpha=scale)  # [P * K * S, R, T]
         share = torch.cat([first, second], -1).softmax(-1)
         first = torch.bmm(together(share)[..., :length], prompt_values).view(q.shape)
@@ -80,19 +84,18 @@ class Decoder:
         norm = lambda layer, x: F.rms_norm(x, x.shape[-1:], layer.weight, layer.variance_epsilon)
         if self.length == self.own[0][0].shape[1]:
             self.own = [[F.pad(x, (0, 0, 0, BLOCK)) for x in pair] for pair in self.own]
-        x, now, self.length = F.embedding(token, self.text.embed_tokens.weight), self.length, self.length + 1
+        x, now, self.length = self.text.embed_tokens(token), self.length, self.length + 1
         unused = x.new_zeros(self.own[0][0].shape[1])
         unused[self.length :] = float("-inf")
         tables = self.text.rotary_emb(x, position.expand(3, 1, -1))  # cos and sin, their second half like the first
         turn = torch.complex(*(table[0, :, None, None, : self.size // 2].float() for table in tables))  # [B, 1, 1, d / 2]
-        for layer, mix, prompt, (keys, values) in zip(self.text.layers, self.weights, self.prompts, self.own):
-            mixed = F.linear(norm(layer.input_layernorm, x), *mix).view(len(x), self.heads, -1, self.size)  # [B, K, R + 2, d]
+        for layer, weights, prompt, (keys, values) in zip(self.text.layers, self.weights, self.prompts, self.own):
+            mixed = F.linear(norm(layer.input_layernorm, x), *weights).view(len(x), self.heads, -1, self.size)  # [B, K, R + 2, d]
             turned = torch.view_as_real(torch.view_as_complex(mixed[:, :, :-1].float().unflatten(-1, (-1, 2))) * turn).flatten(-2)
             mixed[:, :, :-1] = turned
             mixed = mixed.flatten(0, 1)[self.sitting]  # [P * K * S, R + 2, d]
             keys[:, now], values[:, now] = mixed[:, -2], mixed[:, -1]
             made = self.attend(mixed[:, :-2], *prompt, keys, values, unused).flatten(1)[self.taken].view(len(x), -1)  # [B, H * d]
-            x = x + F.linear(made, layer.self_attn.o_proj.weight)
-            y, mlp = norm(layer.post_attention_layernorm, x), layer.mlp
-            x = x + F.linear(mlp.act_fn(F.linear(y, mlp.gate_proj.weight)) * F.linear(y, mlp.up_proj.weight), mlp.down_proj.weight)
-        return F.linear(norm(self.text.norm, x), self.head)
+            x = x + layer.self_attn.o_proj(made)
+            x = x + layer.mlp(norm(layer.post_attention_layernorm, x))
+        return self.head(norm(self.text.norm, x))

@@ -135,9 +135,9 @@ def rollout(model, processor, samples: list, own: config.GRPO, prompts: list, se
 
 
 def update(model, processor, optimizer, prompts: list, made: M.Completions, advantages: torch.Tensor, ref_logprobs, own: config.GRPO,
-           replayed: list = (), micro_tokens: int = 0) -> dict:
-    """One optimiser step on a rollout, in micro-batches of whole groups. advantages [P, G]. `replayed`: SFT examples whose loss is added, in
-    micro-batches of `micro_tokens`. Returns the update's metrics."""
+           replayed: list = ()) -> dict:
+    """One optimiser step on a rollout, in micro-batches of whole groups. Prompts, completions and advantages [P, G] are those of this process;
+    `replayed`, SFT examples whose loss is added, are those of all. Returns the update's metrics."""
     G, mask, totals = own.group_size, made.mask, {}
     counts = config.gather([(len(mask), int(mask.sum()))])  # of every process: denominators are those of the whole update
     rollouts, tokens = sum(n for n, _ in counts), sum(n for _, n in counts)
@@ -157,7 +157,7 @@ def update(model, processor, optimizer, prompts: list, made: M.Completions, adva
                     "truncated_share": made.truncated[rows].sum().item() / rollouts}
         totals = {name: totals.get(name, 0.0) + value for name, value in metrics.items()}
     if replayed:
-        totals["replay_loss"], _ = add_gradients(model, processor, replayed, micro_tokens)
+        totals["replay_loss"], _ = add_gradients(model, processor, replayed, own.micro_tokens)
     return finish_update(optimizer, totals, own)
 
 
@@ -179,16 +179,16 @@ def run(stage: str, settings: config.Settings, folder: Path) -> str:
     own, out = getattr(settings, stage), folder.parent
     samples = training_samples(own, out)
     start = stages.checkpoint(own.start, settings, out)
-    processes, replay = config.world()[1], round(own.replay * own.prompts_per_step)
+    processes, replay = config.world()[1], round(own.replay * own.prompts_per_step) or int(own.replay > 0)
     if own.prompts_per_step < processes or (settings.run.shard and (own.prompts_per_step % processes or replay % processes)):
-        raise config.UserError(f"prompts_per_step = {own.prompts_per_step} cannot be dealt out to {processes} processes"
-                               + f": run.shard needs a multiple of {processes}, times replay as well" * settings.run.shard)
+        raise config.UserError(f"prompts_per_step = {own.prompts_per_step}" + f", with {replay} replayed," * (replay > 0) + " cannot be dealt out to "
+                               f"{processes} processes" + f": run.shard needs a multiple of {processes}" * settings.run.shard)
     model, processor = M.load(start, shard=settings.run.shard)
     reference = M.load(start, shard=settings.run.shard)[0] if own.beta else None
     optimizer = optimizer_for(model, own)
     turn = lambda sample, rng: sample.swapped() if own.random_order and sample.turns and rng.random() < 0.5 else sample
     drawn = batches(samples, own.prompts_per_step, f"{settings.run.seed}/{stage}", turn)
-    practice = practice_examples(settings, folder, replay * own.steps, without="compare") if replay else []
+    practice = practice_examples(stage, settings, folder, replay * own.steps, without="compare") if replay else []  # see sft.run
     drawn = zip(drawn, batches(practice, replay, f"{settings.run.seed}/{stage}/replay"))
     # One batch a step, whatever the step does with it: a run that goes on after a stop skips as many as there were steps.
     for step, (batch, replayed) in steps_to_go(drawn, own.steps, stage, folder, model, optimizer, own.save_minutes):
@@ -210,8 +210,7 @@ def run(stage: str, settings: config.Settings, folder: Path) -> str:
         clock.append(time.time())
         optimizer.param_groups[0]["lr"] = rate = learning_rate(step, own.steps, own.lr, own.warmup)
         for _ in range(own.updates_per_rollout):
-            metrics = update(model, processor, optimizer, prompts, made, config.share(advantages), ref_logprobs, own, replayed,
-                             settings.rejection_sft.micro_tokens)
+            metrics = update(model, processor, optimizer, prompts, made, config.share(advantages), ref_logprobs, own, replayed)
         clock.append(time.time())
         means = {f"reward_{name}": reward.mean().item() for name, reward in rewards.items()}
         row = {"step": step + 1, "reward": total.mean().item()} | means | metrics | {

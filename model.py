@@ -13,7 +13,7 @@ import contextlib
 import ctypes
 import functools
 import json
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -320,11 +320,11 @@ def generate(model, processor: Processor, prompts: list, group_size: int = 1, ma
     for batch in config.progress(batches, label) if label else batches:
         inputs = collate([prompts[p] for p in batch], "left", processor.tokenizer.pad_token_id, device)
         output = model(**inputs, use_cache=True, logits_to_keep=1)
-        prompt = output.past_key_values
+        prompt, logits = output.past_key_values, output.logits[:, -1].repeat_interleave(group_size, 0)  # logits [B, V]
         fast = decode.Decoder(model, prompt, inputs["attention_mask"], group_size) if decode.fits(model) else None
         cache = Cache(layers=[PromptCache(layer.keys, layer.values, group_size, max_new_tokens) for layer in prompt.layers if not fast])
+        del output, prompt  # what is needed of them stands in `fast` or `cache`
         rows = torch.tensor([p * group_size + g for p in batch for g in range(group_size)], device=device)
-        logits = output.logits[:, -1].repeat_interleave(group_size, 0)  # [B, V]
         mask = F.pad(inputs["attention_mask"].repeat_interleave(group_size, 0), (0, max_new_tokens), value=1)
         position = inputs["position_ids"].amax((0, 2)).repeat_interleave(group_size) + 1  # [B]
         alive = torch.ones(len(rows), dtype=torch.bool, device=device)
@@ -332,8 +332,9 @@ def generate(model, processor: Processor, prompts: list, group_size: int = 1, ma
         uniform = torch.cat(uniform).to(device)  # [B, T]
         for step in range(max_new_tokens):
             scores = (logits.float() / (temperature or 1.0)).index_fill(-1, banned, float("-inf")).log_softmax(-1)
-            token = scores.argmax(-1) if not temperature else None
-            if temperature:  # the first whose cumulated probability exceeds the row's number; in fp32 a large vocabulary would lose its unlikely ones
+            if not temperature:
+                token = scores.argmax(-1)
+            else:  # the first whose cumulated probability exceeds the row's number; in fp32 a large vocabulary would lose its unlikely ones
                 cumulated = scores.exp().cumsum(-1, dtype=torch.float64)
                 token = torch.searchsorted(cumulated, (uniform[:, step] * cumulated[:, -1])[:, None], right=True)[:, 0]
             ids[rows, step], logprobs[rows, step] = token, scores.gather(-1, token[:, None])[:, 0]  # of rows that have ended, too: cleared below
@@ -350,10 +351,11 @@ def generate(model, processor: Processor, prompts: list, group_size: int = 1, ma
                 input_ids=token[:, None], attention_mask=mask[:, : cache.get_seq_length() + 1], past_key_values=cache,
                 position_ids=(position + step)[None, :, None].expand(3, -1, 1), use_cache=True).logits[:, -1]
     ends = ids == eos
-    lengths = torch.where(ends.any(1), ends.int().argmax(1) + 1, max_new_tokens)
+    after = ends.cumsum(1) > ends.long()  # an end stands before
+    lengths = (~after).sum(1)
     width = max(lengths.tolist(), default=0)
-    made = Completions(ids[:, :width], lengths, logprobs[:, :width], ~ends.any(1))
-    return replace(made, ids=made.ids.masked_fill(~made.mask, processor.tokenizer.pad_token_id), logprobs=made.logprobs.masked_fill(~made.mask, 0.0))
+    ids, logprobs = ids.masked_fill(after, processor.tokenizer.pad_token_id), logprobs.masked_fill(after, 0.0)
+    return Completions(ids[:, :width], lengths, logprobs[:, :width], ~ends.any(1))
 
 
 # ---------------------------------------------------------------------------------------------------------------- scoring

@@ -171,11 +171,12 @@ def train(model, processor, examples: list, settings: config.SFT, folder: Path, 
 
 # ----------------------------------------------------------------------------------------------------------------- stages
 
-def practice_examples(settings: config.Settings, folder: Path, count: int, without: str = "") -> list:
+def practice_examples(stage: str, settings: config.Settings, folder: Path, count: int, without: str = "") -> list:
     """`count` of the base's exercises, but for one kind, drawn afresh under folder/replay: a shipped base does not bring its practice along."""
     from base.pretrain import write_practice
 
-    write_practice(folder / "replay", count, 2, 0, random.Random(f"{settings.run.seed}/{folder.name}/replay"))
+    few = 8  # of which all might be `without`
+    write_practice(folder / "replay", max(count, few), 2, 0, random.Random(f"{settings.run.seed}/{stage}/replay"))
     config.wait_for_all()
     file = folder / "replay" / "practice.jsonl"
     return [example for row, example in zip(data.read_jsonl(file), data.read_conversations(file)) if row["kind"] != without][:count]
@@ -200,7 +201,7 @@ def run(stage: str, settings: config.Settings, folder: Path) -> str:
     start, examples = start_and_examples(stage, settings, folder.parent)
     count = round(own.replay * len(examples))
     # Comparisons close the think block without a verdict: replayed, they would keep the other tasks from the format.
-    replayed = practice_examples(settings, folder, count, without="compare") if count else []
+    replayed = practice_examples(stage, settings, folder, count, without="compare") if count else []
     model, processor = M.load(start, shard=settings.run.shard)
     train(model, processor, examples + replayed, own, folder, f"{settings.run.seed}/{stage}", stage)
     M.save(model, processor, folder)

@@ -25,8 +25,9 @@ KEYS = [(title, f"{stage}-{mode}") for title, stage, mode in stages.ROWS]
 CURVES = ("reward_accuracy", "reward_format", "reward_consistency", "kl", "entropy", "length", "zero_variance_share")
 COLUMNS = ("split", "id", "swapped", "task", "mode", "label", "answer", "format_ok", "sums_ok", "consistent", "scores_right", "facts_right")
 STUDENT = (  # t at 97.5%, 1 to 24 degrees of freedom; more seeds take the last
-    12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179,
-    2.160, 2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064)
+    12.7062, 4.3027, 3.1824, 2.7764, 2.5706, 2.4469, 2.3646, 2.3060, 2.2622, 2.2281, 2.2010, 2.1788,
+    2.1604, 2.1448, 2.1314, 2.1199, 2.1098, 2.1009, 2.0930, 2.0860, 2.0796, 2.0739, 2.0687, 2.0639)
+DEFAULTS = {f"{section}.{key}": value for section, values in config.dataclasses.asdict(config.Settings()).items() for key, value in values.items()}
 PAPER = {  # accuracy as printed: VLRewardBench, GenAI-Bench image and video (diff), VideoGen-RewardBench (diff)
     "base-answer": (67.5, 70.9, 77.2, 79.3), "grpo_direct-answer": (69.0, 71.3, 78.4, 79.5), "cold_start-think": (66.9, 68.6, 75.3, 76.8),
     "rejection_sft-think": (72.1, 72.0, 78.9, 79.7), "grpo-think": (73.8, 72.5, 82.3, 80.5), "grpo-answer": (73.1, 71.9, 81.6, 79.9)}
@@ -166,7 +167,7 @@ def changes_table(named: dict) -> str:
     for what in changed:
         runs = [run for name, run in named.items() if name.partition("-")[2] == what]
         seeds = [named[name.partition("-")[0]] for name in named if name.partition("-")[2] == what]
-        ours, plain = runs[0]["settings"], seeds[0]["settings"]
+        ours, plain = runs[0]["settings"], DEFAULTS | seeds[0]["settings"]  # what was kept before there was a setting had its default
         flags = " ".join(f"--{key} {json.dumps(value).strip(chr(34))}" for key, value in ours.items() if plain.get(key) != value)
         for title, key in KEYS[:-1]:  # the last is another look at the full model
             if all(differs(run, seed, key) for run, seed in zip(runs, seeds)):

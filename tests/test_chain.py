@@ -177,7 +177,7 @@ def test_the_shipped_base_has_the_figures_written_beside_it(tmp_path):
     model, processor = M.load(str(folder))
     figures = json.loads((folder / "figures.json").read_text())
     (tmp_path / "base").mkdir()
-    exercises = sft.practice_examples(settings, tmp_path / "base", 256)
+    exercises = sft.practice_examples("base", settings, tmp_path / "base", 256)
     assert pretrain.mean_loss(model, processor, exercises) == pytest.approx(figures["practice_loss"], rel=1e-3)
     assert sum(p.numel() for p in model.parameters()) == figures["parameters"]
     assert (folder / "model.safetensors").stat().st_size <= 4_000_000

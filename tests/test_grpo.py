@@ -324,7 +324,7 @@ def one_update(tiny, rolled, lr=0.05, replayed=(), **changes):
     """(model after one update, metrics). Plain SGD shows the size of the gradient, which Adam hides."""
     model, (prompts, made, advantages) = copy.deepcopy(tiny[0]), rolled
     optimizer, reference = torch.optim.SGD(model.parameters(), lr=lr), made.logprobs + 0.1
-    return model, grpo.update(model, tiny[1], optimizer, prompts, made, advantages, reference, own_settings(**changes), replayed, 200)
+    return model, grpo.update(model, tiny[1], optimizer, prompts, made, advantages, reference, own_settings(**changes), replayed)
 
 
 def distance(one, other) -> float:
@@ -368,7 +368,7 @@ def test_replay_adds_the_sft_gradient_of_its_examples(tiny, rolled, samples):
         loss = model(**inputs, labels=labels).loss * tokens / sum(responses)
         loss.backward()
     plain, before = one_update(tiny, rolled)
-    both, metrics = one_update(tiny, rolled, replayed=examples)
+    both, metrics = one_update(tiny, rolled, replayed=examples, micro_tokens=200)
     assert len(set(responses)) == 4 and metrics["loss"] == before["loss"] and metrics["replay_loss"] > 1
     for one, two, parameter in zip(plain.parameters(), both.parameters(), model.parameters()):
         moved = torch.zeros_like(one) if parameter.grad is None else -0.05 * parameter.grad

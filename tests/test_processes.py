@@ -23,7 +23,7 @@ import sft
 import stages
 
 OVERRIDES = [("grpo_direct.steps", "3"), ("grpo_direct.prompts_per_step", "6"), ("grpo_direct.random_order", "true"),
-             ("grpo_direct.updates_per_rollout", "2"), ("cold_start.epochs", "1"), ("cold_start.micro_tokens", "600"), ("cold_start.replay", "0")]
+             ("grpo_direct.updates_per_rollout", "2"), ("grpo_direct.replay", "1"), ("cold_start.epochs", "1"), ("cold_start.micro_tokens", "600")]
 
 
 def run(stage: str, settings: config.Settings, folder: Path) -> str:

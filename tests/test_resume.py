@@ -28,7 +28,7 @@ import stages
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(["distill", "evaluate", "grpo", "rejection", "report", "sft", "shapes"])
 SMALLER = ("--data.distill_pairs 10 --data.pool_pairs 2 --data.test_pairs 1 --data.heldout_pairs 1 --data.tie_pairs 1 --cold_start.batch_size 4 --cold_start.lr 3e-4 --rejection.batch_rows 1 "
-           "--grpo.steps 3 --grpo.data pool --grpo.random_order true --grpo.replay 0.5 --grpo.max_new_tokens 40 --grpo_direct.steps 3 --grpo_direct.updates_per_rollout 2 "
+           "--grpo.steps 3 --grpo.data pool --grpo.random_order true --grpo.max_new_tokens 40 --grpo_direct.steps 3 --grpo_direct.updates_per_rollout 2 "
            "--evaluate.max_new_tokens 30 --evaluate.batch_rows 1 --rejection.max_new_tokens 140")
 CHAIN = f"grpo.py --config smoke --out {{0}} {SMALLER}"
 BASE = ("sft.py --config smoke --out {0} --stage base --base.rebuild true --base.scenes 10 --base.simple 6 --base.batch_size 4 --model.hidden_size 48 "
