@@ -24,9 +24,8 @@ BLOCK = 16  # tokens by which memory grows
 def fits(model) -> bool:
     """Whether `model` has the layers that are written here. One that was spread over processes is of another class, and linear layers that are
     quantised or adapted are more than their weights."""
-    if not ENABLED or type(model) is not Qwen2_5_VLForConditionalGeneration or "sliding_attention" in model.config.text_config.layer_types:
-        return False
-    return all(type(getattr(layer.self_attn, f"{name}_proj")) is torch.nn.Linear for layer in model.model.language_model.layers for name in "qkv")
+    known = ENABLED and type(model) is Qwen2_5_VLForConditionalGeneration and "sliding_attention" not in model.config.text_config.layer_types
+    return known and all(type(getattr(one.self_attn, f"{name}_proj")) is torch.nn.Linear for one in model.model.language_model.layers for name in "qkv")
 
 
 class Decoder:
@@ -91,8 +90,7 @@ class Decoder:
         turn = torch.complex(*(table[0, :, None, None, : self.size // 2].float() for table in tables))  # [B, 1, 1, d / 2]
         for layer, weights, prompt, (keys, values) in zip(self.text.layers, self.weights, self.prompts, self.own):
             mixed = F.linear(norm(layer.input_layernorm, x), *weights).view(len(x), self.heads, -1, self.size)  # [B, K, R + 2, d]
-            turned = torch.view_as_real(torch.view_as_complex(mixed[:, :, :-1].float().unflatten(-1, (-1, 2))) * turn).flatten(-2)
-            mixed[:, :, :-1] = turned
+            mixed[:, :, :-1] = torch.view_as_real(torch.view_as_complex(mixed[:, :, :-1].float().unflatten(-1, (-1, 2))) * turn).flatten(-2)
             mixed = mixed.flatten(0, 1)[self.sitting]  # [P * K * S, R + 2, d]
             keys[:, now], values[:, now] = mixed[:, -2], mixed[:, -1]
             made = self.attend(mixed[:, :-2], *prompt, keys, values, unused).flatten(1)[self.taken].view(len(x), -1)  # [B, H * d]
