@@ -25,7 +25,7 @@ def fits(model) -> bool:
     """Whether `model` has the layers that are written here. One that was spread over processes is of another class, and linear layers that are
     quantised or adapted are more than their weights."""
     here = ENABLED and type(model) is Qwen2_5_VLForConditionalGeneration and "sliding_attention" not in model.config.text_config.layer_types
-    return here and all(type(getattr(one.self_attn, f"{name}_proj")) is torch.nn.Linear for one in model.model.language_model.layers for name in "qkv")
+    return here and all(type(getattr(one.self_attn, f"{x}_proj")) is torch.nn.Linear for one in model.model.language_model.layers for x in "qkv")
 
 
 class Decoder:

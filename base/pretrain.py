@@ -228,6 +228,7 @@ def build_base(settings: config.Settings, folder: Path) -> str:
     M.save(model, processor, folder, torch.float16)
     config.wait_for_all()
     parameters = sum(p.numel() for p in model.parameters())
-    figures = {"parameters": parameters, "practice_loss": mean_loss(M.load(str(folder))[0], processor, sft.practice_examples("base", settings, folder, 256))}
+    examples = sft.practice_examples("base", settings, folder, 256)
+    figures = {"parameters": parameters, "practice_loss": mean_loss(M.load(str(folder))[0], processor, examples)}
     config.write_text(folder / "figures.json", json.dumps(figures))
     return f"{parameters / 1e6:.2f}M parameters, {len(phases)} phases"
