@@ -364,29 +364,31 @@ def completion_logprobs(model, processor: Processor, prompts: list, ids: torch.T
                         share_prompt: bool = True, with_entropy: bool = False):
     """log pi(y_t | x, y_<t) of sampled completions, in fp32: ids [P * G, T], lengths [P * G] -> [P * G, T] (0 after the end).
 
-    share_prompt: the prompt is run once, with gradient, and its G completions on top of its cache repeated G times; the gradient of
-    every completion flows back into the one prompt pass. Otherwise prompt and completion are run as one sequence per row, the plain
-    form: same numbers, G times the prompt's cost. Only completion positions reach the vocabulary. `with_entropy` adds the per-token entropy
-    of the sampling distribution [P * G, T], without gradient."""
+    share_prompt: the prompt is run once, with gradient, and its completions on top of its cache, repeated for each; the gradient of every
+    completion flows back into the one prompt pass. Completions that are equal are run once: a small policy repeats itself. Otherwise prompt
+    and completion are run as one sequence per row, the plain form: same numbers, G times the prompt's cost. Only completion positions reach
+    the vocabulary. `with_entropy` adds the per-token entropy of the sampling distribution [P * G, T], without gradient."""
     device, tokenizer = device_of(model), processor.tokenizer
     banned = banned_ids(model, tokenizer).to(device)
-    group_size, width = ids.shape[0] // len(prompts), ids.shape[1]
+    width, owner = ids.shape[1], torch.arange(len(prompts), device=device).repeat_interleave(len(ids) // len(prompts))  # whose completion a row is
     model.train(model.is_activation_checkpointing and torch.is_grad_enabled())  # layers are run again in training mode only; none has dropout
     share_prompt = share_prompt and not model.training  # a layer that is run again keeps no cache
+    if share_prompt:
+        different, row = torch.cat([owner[:, None], lengths[:, None], ids], 1).unique(dim=0, return_inverse=True)
+        owner, lengths, ids = different[:, 0], different[:, 1], different[:, 2:]
+    else:
+        prompts, owner, row = [prompts[p] for p in owner], torch.arange(len(ids), device=device), slice(None)
     mask = torch.arange(width, device=device) < lengths[:, None]
-    if not share_prompt:
-        prompts, group_size = [p for p in prompts for _ in range(group_size)], 1
     inputs = collate(prompts, "left", tokenizer.pad_token_id, device)
-    start = inputs["position_ids"].amax((0, 2)).repeat_interleave(group_size) + 1  # [B]
+    start = inputs["position_ids"].amax((0, 2))[owner] + 1  # [B]
     positions = (start[:, None] + torch.arange(width, device=device)).expand(3, -1, -1)  # [3, B, T]
-    prompt_mask = inputs["attention_mask"].repeat_interleave(group_size, 0)
-    full_mask = torch.cat([prompt_mask, mask.long()], 1)
+    full_mask = torch.cat([inputs["attention_mask"][owner], mask.long()], 1)
     with headless(model):
         if share_prompt:
             prefill = model(**inputs, use_cache=True, logits_to_keep=1)
             cache = prefill.past_key_values
-            cache.batch_repeat_interleave(group_size)
-            hidden = prefill.logits.repeat_interleave(group_size, 0)  # [B, 1, d] predicts the first completion token
+            cache.batch_select_indices(owner)
+            hidden = prefill.logits[owner]  # [B, 1, d] predicts the first completion token
             if width > 1:
                 rest = model(input_ids=ids[:, :-1], attention_mask=full_mask[:, :-1], position_ids=positions[:, :, :-1],
                              past_key_values=cache, use_cache=True)
@@ -403,7 +405,7 @@ def completion_logprobs(model, processor: Processor, prompts: list, ids: torch.T
     size = max(1, PIECE // len(head))
     pieces = zip(hidden[mask].split(size), ids[mask].split(size))
     made = zip(*[checkpoint(score, *piece, use_reentrant=False, preserve_rng_state=False) for piece in pieces])
-    logprobs, *entropy = (torch.zeros(mask.shape, device=device).masked_scatter(mask, torch.cat(values)) for values in made)
+    logprobs, *entropy = (torch.zeros(mask.shape, device=device).masked_scatter(mask, torch.cat(values))[row] for values in made)
     return (logprobs, *entropy) if with_entropy else logprobs
 
 

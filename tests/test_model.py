@@ -343,6 +343,25 @@ def test_the_gradient_through_the_shared_prompt_is_that_of_the_plain_form(tiny, 
     assert (shared - plain).norm() < 1e-5 * plain.norm()
 
 
+def test_equal_completions_are_run_once_and_count_as_often_as_they_stand_there(tiny, prompts, sampled):
+    """Of every five completions the second, fourth and fifth repeat the first; a prompt's are never taken for those of another prompt."""
+    model, made, rows = copy.deepcopy(tiny[0]), sampled[1.0], []
+    same = torch.arange(len(made.ids)).view(-1, 5)[:, [0, 0, 2, 0, 0]].flatten()
+    same[5:10] = same[:5]  # another prompt with the same texts
+    ids, lengths, weights = made.ids[same], made.lengths[same], torch.randn(made.ids.shape, generator=torch.Generator().manual_seed(0))
+    model.model.language_model.register_forward_hook(lambda module, args, output: rows.append(len(output.last_hidden_state)))
+
+    def scored(share_prompt: bool) -> tuple:
+        model.zero_grad()
+        logprobs, entropy = M.completion_logprobs(model, tiny[1], prompts, ids, lengths, 1.0, share_prompt, with_entropy=True)
+        (logprobs * weights).sum().backward()
+        return logprobs.detach(), entropy, torch.cat([p.grad.flatten() for p in model.parameters()])
+
+    shared, plain = scored(True), scored(False)
+    assert rows == [len(prompts), 2 * len(prompts), 5 * len(prompts)]
+    assert all((one - other).norm() < 1e-5 * other.norm() for one, other in zip(shared, plain))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_vocabulary_may_be_taken_in_pieces_of_any_size(tiny, prompts, sampled, monkeypatch, dtype):
     """One token at a time or all at once: the same scores and gradients; in bf16 no less exact, though hundreds of pieces add up."""
