@@ -33,8 +33,8 @@ class Decoder:
     values are one product, head by head of the keys: R queries, a key, a value. Rows of queries and keys are reordered so that the two numbers
     which RoPE turns together stand beside each other, as one complex number."""
 
-    def __init__(self, model, cache, mask: torch.Tensor, group_size: int):
-        """`cache`: of the prompts' forward; mask [P, L], 0 where a prompt is padded; `group_size` rows for each prompt."""
+    def __init__(self, model, cache, mask: torch.Tensor):
+        """`cache`: of the prompts' forward; mask [P, L], 0 where a prompt is padded. A row for each prompt; batch_select_indices makes more."""
         self.text, self.head, self.length = model.model.language_model, model.lm_head, 0
         prompts, self.heads, _, self.size = cache.layers[0].keys.shape
         self.pairs = pairs = torch.arange(self.size, device=mask.device).view(2, -1).mT.flatten()  # 0, d/2, 1, d/2 + 1, ...
@@ -43,9 +43,9 @@ class Decoder:
         parts = [(a.q_proj, a.k_proj, a.v_proj) for a in (layer.self_attn for layer in self.text.layers)]
         self.weights = [(mix(q.weight, k.weight, v.weight), mix(q.bias, k.bias, v.bias)) for q, k, v in parts]
         self.prompts = [(layer.keys[..., pairs].flatten(0, 1), layer.values.flatten(0, 1)) for layer in cache.layers]  # [P * K, L, d] each
-        self.own = [[x.new_empty(prompts * self.heads * group_size, 0, self.size) for x in pair] for pair in self.prompts]  # [P * K * S, T, d]
+        self.own = [[x.new_empty(prompts * self.heads, 0, self.size) for x in pair] for pair in self.prompts]  # [P * K * S, T, d]
         self.padding = torch.zeros_like(mask, dtype=self.prompts[0][0].dtype).masked_fill(mask == 0, float("-inf")).repeat_interleave(self.heads, 0)
-        self.seat(torch.arange(prompts, device=mask.device).repeat_interleave(group_size))
+        self.seat(torch.arange(prompts, device=mask.device))
 
     def seat(self, prompt: torch.Tensor) -> None:
         """Row b belongs to prompt[b], from 0 on, rows of one prompt beside each other."""
@@ -58,7 +58,7 @@ class Decoder:
         self.sitting[self.taken] = torch.arange(len(self.taken), device=prompt.device)
 
     def batch_select_indices(self, rows: torch.Tensor) -> None:
-        """Goes on with these rows alone, in their order; prompts without a row are dropped."""
+        """Goes on with these rows, sorted; a row may come several times, and prompts without one are dropped."""
         old = self.taken.view(-1, self.heads)[rows].flatten()  # where the rows that stay sat
         left, prompt = self.prompt[rows].unique_consecutive(return_inverse=True)
         if len(left) * self.heads < len(self.padding):

@@ -243,13 +243,13 @@ def collate(encoded: list, side: str, pad_id: int, device) -> dict:
 # --------------------------------------------------------------------------------------------------------------- sampling
 
 class PromptCache(DynamicLayer):
-    """One layer's keys and values in memory allocated once: prompts repeated G times, then the completions, written in place. A cache
-    that grows by concatenation copies everything at every token."""
+    """One layer's keys and values in memory allocated once: prompts, then the completions, written in place. A cache that grows by
+    concatenation copies everything at every token."""
 
-    def __init__(self, keys, values, repeats: int, room: int):
+    def __init__(self, keys, values, room: int):
         super().__init__()
         self.length, self.is_initialized = keys.shape[2], True
-        self.keys, self.values = (F.pad(x.repeat_interleave(repeats, 0), (0, 0, 0, room)) for x in (keys, values))
+        self.keys, self.values = (F.pad(x, (0, 0, 0, room)) for x in (keys, values))
 
     def update(self, keys, values, *args, **kwargs):
         end = self.length + keys.shape[2]
@@ -306,8 +306,8 @@ def generate(model, processor: Processor, prompts: list, group_size: int = 1, ma
     of `seeds`, decides what a prompt's completions are: in whatever batch or process it is sampled, they are the same.
 
     Our own loop, since a checkpoint's generation_config.json can silently set top-k or a temperature near 0, and GRPO needs the
-    log-probabilities of the very distribution that was sampled. Each prompt is run once and its cache repeated; rows that have ended
-    are dropped from the batch as soon as a quarter of it has; prompts are batched by length."""
+    log-probabilities of the very distribution that was sampled. Each prompt is run once, and completions that are still equal are one
+    text, run once, until they part; rows that have ended are dropped then, or as soon as they are a quarter; prompts are batched by length."""
     device, eos = device_of(model.eval()), processor.tokenizer.eos_token_id
     banned = banned_ids(model, processor.tokenizer).to(device)
     total = len(prompts) * group_size
@@ -320,33 +320,38 @@ def generate(model, processor: Processor, prompts: list, group_size: int = 1, ma
     for batch in config.progress(batches, label) if label else batches:
         inputs = collate([prompts[p] for p in batch], "left", processor.tokenizer.pad_token_id, device)
         output = model(**inputs, use_cache=True, logits_to_keep=1)
-        prompt, logits = output.past_key_values, output.logits[:, -1].repeat_interleave(group_size, 0)  # logits [B, V]
-        fast = decode.Decoder(model, prompt, inputs["attention_mask"], group_size) if decode.fits(model) else None
-        cache = Cache(layers=[PromptCache(layer.keys, layer.values, group_size, max_new_tokens) for layer in prompt.layers if not fast])
+        prompt, logits = output.past_key_values, output.logits[:, -1]
+        fast = decode.Decoder(model, prompt, inputs["attention_mask"]) if decode.fits(model) else None
+        cache = Cache(layers=[PromptCache(layer.keys, layer.values, max_new_tokens) for layer in prompt.layers if not fast])
         del output, prompt  # what is needed of them stands in `fast` or `cache`
-        rows = torch.tensor([p * group_size + g for p in batch for g in range(group_size)], device=device)
-        mask = F.pad(inputs["attention_mask"].repeat_interleave(group_size, 0), (0, max_new_tokens), value=1)
-        position = inputs["position_ids"].amax((0, 2)).repeat_interleave(group_size) + 1  # [B]
+        rows = torch.tensor([p * group_size + g for p in batch for g in range(group_size)], device=device)  # [B]
+        mask, position = F.pad(inputs["attention_mask"], (0, max_new_tokens), value=1), inputs["position_ids"].amax((0, 2)) + 1
+        text = torch.arange(len(batch), device=device).repeat_interleave(group_size)  # [B], a row's among the N different texts so far
         alive = torch.ones(len(rows), dtype=torch.bool, device=device)
         uniform = [torch.rand(group_size, max_new_tokens, dtype=torch.float64, generator=torch.Generator().manual_seed(seeds[p])) for p in batch]
         uniform = torch.cat(uniform).to(device)  # [B, T]
         for step in range(max_new_tokens):
-            scores = (logits.float() / (temperature or 1.0)).index_fill(-1, banned, float("-inf")).log_softmax(-1)
+            scores = (logits.float() / (temperature or 1.0)).index_fill(-1, banned, float("-inf")).log_softmax(-1)  # [N, V]
             if not temperature:
-                token = scores.argmax(-1)
+                token = scores.argmax(-1)[text]
             else:  # the first whose cumulated probability exceeds the row's number; in fp32 a large vocabulary would lose its unlikely ones
                 cumulated = scores.exp().cumsum(-1, dtype=torch.float64)
-                token = torch.searchsorted(cumulated, (uniform[:, step] * cumulated[:, -1])[:, None], right=True)[:, 0]
-            ids[rows, step], logprobs[rows, step] = token, scores.gather(-1, token[:, None])[:, 0]  # of rows that have ended, too: cleared below
+                token = torch.searchsorted(cumulated[text], (uniform[:, step] * cumulated[text, -1])[:, None], right=True)[:, 0]
+            ids[rows, step], logprobs[rows, step] = token, scores[text, token]  # of rows that have ended, too: cleared below
             alive &= token != eos
             left = int(alive.sum())
             if left == 0 or step + 1 == max_new_tokens:
                 break
-            if left <= 0.75 * len(alive):  # drop the rows that have ended
-                keep = alive.nonzero()[:, 0]
-                rows, mask, position, token, alive, uniform = rows[keep], mask[keep], position[keep], token[keep], alive[keep], uniform[keep]
+            longer = text * scores.shape[1] + token.where(alive, eos)
+            different, text = longer.unique(return_inverse=True)
+            if len(different) > len(scores) or left <= 0.75 * len(alive):  # texts part, or rows that have ended are dropped
+                rows, uniform, longer, alive = rows[alive], uniform[alive], longer[alive], alive[alive]
+                different, text = longer.unique(return_inverse=True)
+                before = different // scores.shape[1]  # [N], what each has grown from
+                mask, position = mask[before], position[before]
                 for part in [fast] if fast else cache.layers:
-                    part.batch_select_indices(keep)
+                    part.batch_select_indices(before)
+            token = different % scores.shape[1]  # [N]
             logits = fast.step(token, position + step) if fast else model(
                 input_ids=token[:, None], attention_mask=mask[:, : cache.get_seq_length() + 1], past_key_values=cache,
                 position_ids=(position + step)[None, :, None].expand(3, -1, 1), use_cache=True).logits[:, -1]

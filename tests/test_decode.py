@@ -86,6 +86,22 @@ def test_tokens_and_log_probabilities_are_those_of_the_models_own_forward(reques
     assert error(fast) < max(1e-5, 2 * error(plain))  # the base's logits reach tens: fp32 rounds the model's own forward no finer
 
 
+@pytest.mark.parametrize("enabled", [True, False])
+@pytest.mark.parametrize("temperature", [0.0, 1.0, 3.0])
+def test_completions_that_are_still_equal_are_run_once(base, monkeypatch, enabled, temperature):
+    """At every step as many rows as there are different texts of their prompt, less those that have ended if they were dropped."""
+    (model, processor, prompts), rows = base, []
+    monkeypatch.setattr(decode, "ENABLED", enabled)
+    handle = model.lm_head.register_forward_hook(lambda module, args, output: rows.append(len(output)))
+    made = M.generate(model, processor, prompts, 8, 50, temperature, seeds=range(8))
+    handle.remove()
+    for step, run in enumerate(rows[1:], 1):  # the first is that of the prompts
+        texts = [(row // 8, *made.ids[row, :step].tolist()) for row in range(64)]
+        going = {text for text, length in zip(texts, made.lengths) if length > step}
+        assert len(going) <= run <= len(set(texts))
+    assert max(rows) > 3 * len(prompts) if temperature > 1 else max(rows) < 2 * len(prompts)
+
+
 @pytest.mark.parametrize("which", ["base", "grouped"])
 def test_greedy_tokens_are_those_of_transformers(request, which):
     model, processor, prompts = request.getfixturevalue(which)
@@ -106,7 +122,8 @@ def test_every_row_attends_to_its_own_prompt_and_tokens_whichever_rows_are_dropp
         cache.update(random(4, 2, 5, 8), random(4, 2, 5, 8), layer)
     mask = torch.ones(4, 5).long()
     mask[2, :2] = 0
-    decoder = decode.Decoder(model, cache, mask, 3)
+    decoder = decode.Decoder(model, cache, mask)
+    decoder.batch_select_indices(torch.arange(4).repeat_interleave(3))
     decoder.own = [[random(24, 7, 8) for _ in "kv"] for _ in range(3)]
     keep, prompt = torch.tensor([0, 1, 2, 7, 9, 11]), [0, 0, 0, 2, 3, 3]
     keys, values = (x[decoder.taken.view(12, 2)[keep]] for x in decoder.own[1])  # [6 rows, 2 heads, 7, 8]
