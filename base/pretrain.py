@@ -1,7 +1,7 @@
 """The base: a small Qwen2.5-VL trained from random weights, which stands for the pretrained UnifiedReward that the paper starts from.
 
 What it learns is written here: single skills on all four tasks, and direct answers, never a whole chain of thought. The result is shipped in
-configs/small-base, so nobody has to run this; to do so takes an hour on two cores:
+configs/small-base, so nobody has to run this; to do so takes an hour and a half on two cores:
 
     OMP_NUM_THREADS=1 torchrun --nproc-per-node 2 sft.py --config small --stage base --base.rebuild true
 """
@@ -48,6 +48,11 @@ SKILLS = (
 # After it, what the mixture has not taught: which of the items are in which of two pictures takes by far the longest, and a candidate's line
 # has to be found again with all dimensions around it.
 COMPARISONS = (("pairing", 2.5, *CONSISTENCY), ("comparing", 4.0, ("compare",) * 6 + ("name_pair",) + ("direct",) * 2, TASKS, None))
+# Last, on pairs drawn anew, half of them of clips: each of those practised above was seen tens of times, and which of two clips moves how was
+# still wrong in one pair of seven. Half of the exercises compare, on the first dimension and none, any or all of the others: learnt with
+# one number of them it is lost with another, as the pictures then stand nearer or farther. (phase, pairs relative to base.scenes, peak learning
+# rate, numbers of others)
+FRESH = (("fresh one", 1.5, 5e-4, [0]), ("fresh any", 1, 4e-4, [0, 1, 1, 2]), ("fresh all", 1, 5e-4, [2]), ("fresh some", 0.9, 4e-4, [0, 1, 2, 2]))
 
 
 def practice(rng: random.Random, kind: str, sample: Sample, scenes: list, dimensions: list | None = None) -> tuple:
@@ -119,7 +124,8 @@ def practice(rng: random.Random, kind: str, sample: Sample, scenes: list, dimens
 def write_practice(folder, pairs: int, rows_per_pair: int, simple: int, rng: random.Random) -> None:
     """Practice of the base in the official SFT schema, one file for each phase of `sft.build_base`: SKILLS (`simple` exercises times the
     factor); practice.jsonl, a mixture of all exercises, and if `simple` is 0 the only file; COMPARISONS; consolidation.jsonl, the mixture again, with
-    more comparing and less of understanding, which is learnt sooner. One generation pair in five is a tie, which only the direct mode can say."""
+    more comparing and less of understanding, which is learnt sooner; FRESH. Of the generation pairs one in five is a tie, of the fresh ones one in
+    ten, which only the direct mode can say."""
     made = write_split(folder, "pairs", [(TASKS[k % 4], is_generation(TASKS[k % 4]) and k % 40 < 8) for k in range(pairs)], SEEN, rng)
 
     def exercise(kind, sample, scenes, dimensions=None):
@@ -138,11 +144,25 @@ def write_practice(folder, pairs: int, rows_per_pair: int, simple: int, rng: ran
             rows += [exercise(kind, sample, scenes) for kind in kinds if sample.label or kind != "conclude"]
         return rows
 
+    def fresh(phase, count, others):
+        plan = [(task, is_generation(task) and k % 10 == 0) for k in range(count) for task in ("video_generation", *PAIRED, TASKS[2 + k % 2])]
+        rows = []
+        for sample, scenes in write_split(folder, phase.replace(" ", "-"), plan, SEEN, rng):
+            paired = is_generation(sample.task)
+            for kind in rng.choices(CONSISTENCY[0] if paired else ("compare",), k=2 if sample.task == "video_generation" else 1):
+                first, *rest = DIMENSIONS[sample.task]
+                dimensions = [first] + rng.sample(rest, rng.choice(others))
+                rows.append(exercise(kind, sample, scenes, rng.sample(dimensions, len(dimensions))))
+            kinds = rng.choices(list(CONSOLIDATION), list(CONSOLIDATION.values()), k=1 if paired else 2)
+            rows += [exercise(kind, sample, scenes) for kind in kinds if sample.label or kind != "conclude"]
+        return rows
+
     files = {name: skill(*rest) for name, *rest in SKILLS if simple}
     files["practice"] = mixture(PRACTICE, rows_per_pair)
     if simple:
         files |= {name: skill(*rest) for name, *rest in COMPARISONS}
         files["consolidation"] = mixture(CONSOLIDATION, rows_per_pair // 3)
+        files |= {name: fresh(name, round(factor * pairs / 4), others) for name, factor, _, others in FRESH}
     for file, rows in files.items():
         write_jsonl(folder / f"{file}.jsonl", rows)
 
@@ -222,9 +242,14 @@ def build_base(settings: config.Settings, folder: Path) -> str:
     skill, once = config.dataclasses.replace(base, epochs=1.0, lr=base.simple_lr), config.dataclasses.replace(base, epochs=1.0)
     phases = [(name, skill) for name, *_ in SKILLS] + [("practice", base)]
     phases += [(name, once) for name, *_ in COMPARISONS] + [("consolidation", base)]
+    phases += [(name, config.dataclasses.replace(once, lr=lr)) for name, _, lr, _ in FRESH]
     begun = [k for k, (phase, _) in enumerate(phases) if any(folder.glob(f"base: {phase}.*.0.state"))]
     for phase, own in phases[max(begun, default=0) :]:  # a state has all that was learnt before it
         sft.train(model, processor, data.read_conversations(folder / f"{phase}.jsonl"), own, folder, phase, f"base: {phase}")
+    ends = [max(folder.glob(f"base: {phase}.*.0.state"), key=lambda file: file.stat().st_mtime) for phase, _ in phases[-2:]]
+    with torch.no_grad():  # the mean of the last two phases' weights: what is learnt in the last alone carries over to the cold start less evenly
+        for parameter, *learnt in zip(model.parameters(), *(torch.load(file, weights_only=True)["learnt"] for file in ends)):
+            parameter.copy_(sum(learnt) / 2)
     M.save(model, processor, folder, torch.float16)
     config.wait_for_all()
     parameters = sum(p.numel() for p in model.parameters())
