@@ -2,7 +2,7 @@
 
     python tests/benchmark.py                      all tables (meant for under 20 minutes on 2 quiet cores)
     python tests/benchmark.py --quick              the small size only, few rounds, and processes
-    python tests/benchmark.py --only small group   some of: small 10m long layers group prompt processes
+    python tests/benchmark.py --only small group   some of: small trained 10m long layers group prompt processes
     python tests/benchmark.py --real 3b            on a GPU: a Qwen2.5-VL of the real shape (3b or 7b) with random weights
 
 TRL is optional: pip install trl (tried: trl 1.16.0 with datasets 5.2.0, accelerate 1.15.0, pyarrow 26.0.1)
@@ -18,7 +18,8 @@ Contestants, on the same weights, prompts (pictures included), group size, lengt
 
 Contestants take turns in one process, so that whatever else the machine does slows all of them. The first turn warms up; the others give
 medians. "x2.90 [2.71-3.08]" says how many times better this code did: the median over turns, and its range. Nobody's text ends early, since
-the end token is one that all suppress: every contestant makes the same number of tokens.
+the end token is one that all suppress: every contestant makes the same number of tokens. An untrained model never says the same twice. A
+trained one does, and this code runs what is equal once: "trained" shows what that is worth in `small`, whose texts end where they end.
 
 "update" is a whole step: files to tensors (this code and the plain loop keep what a picture became, as grpo.run does), rollout, rewards,
 reference, gradient, Adam. "learning" is that without the rollout. Peak memory is that of a process which runs one contestant only
@@ -39,6 +40,7 @@ import logging
 import os
 import random
 import resource
+import shutil
 import statistics
 import subprocess
 import sys
@@ -67,9 +69,11 @@ import stages
 from base import pretrain
 
 GPU = torch.cuda.is_available()
-WORK = dict(width=128, layers=4, vocabulary=0, prompts=8, group=8, new=100, prompt_tokens=0, micro=4, sft=0, rounds=2, real="")
+WORK = dict(width=128, layers=4, vocabulary=0, prompts=8, group=8, new=100, prompt_tokens=0, micro=4, sft=0, rounds=2, real="", run="")
 SIZES = {  # name: (work, what it stands for)
     "small": (WORK | dict(sft=128, rounds=6), "the small model and the small world's prompts"),
+    "trained": (WORK | dict(run="runs/small", prompts=16, new=160, rounds=8),
+                "GRPO of `small` itself, from runs/small: its model, what it judged wrongly, texts that end"),
     "10m": (WORK | dict(width=320, layers=8, prompts=4, new=64, sft=64, rounds=6), "about 10M parameters, the small world's prompts"),
     "long": (WORK | dict(prompts=1, new=300, prompt_tokens=1200, vocabulary=152064, rounds=3),
              "long prompts, 152k vocabulary; at this width most of the work is the vocabulary's"),
@@ -102,6 +106,20 @@ def build_real(shape: dict, tokenizer) -> tuple:
         settings = transformers.Qwen2_5_VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=shape["tie_word_embeddings"], **ids)
         model = transformers.Qwen2_5_VLForConditionalGeneration._from_config(settings, dtype=torch.bfloat16)
     return model, M.Processor(tokenizer, Qwen2VLImageProcessorPil(patch_size=14, merge_size=2, temporal_patch_size=2, max_pixels=512 * 512))
+
+
+def copy_world(run: Path, prompts: int, out: Path) -> None:
+    """Takes from a finished run what make_world would make; pairs of clips are left out, which would want torchvision of TRL."""
+    if not (run / "grpo" / "done.json").is_file():
+        raise config.UserError(f"{run} is not finished: python grpo.py --config small")
+    samples = random.Random(0).sample([s for s in data.read_samples(run / "rejection" / "wrong.jsonl") if not data.is_video(s.task)], prompts)
+    shutil.copytree(run / "rejection_sft", out / "rejection_sft", ignore=shutil.ignore_patterns("*.state", "replay"))
+    (out / "rejection" / "media").mkdir(parents=True)
+    moved = lambda item: list(map(moved, item)) if isinstance(item, list) else shutil.copy(item, out / "rejection" / "media")
+    for sample in samples:
+        sample.media = moved(sample.media)
+    data.write_jsonl(out / "rejection" / "wrong.jsonl", map(data.sample_row, samples))
+    data.write_jsonl(out / "sft.jsonl", [])
 
 
 def make_world(size: dict, out: Path) -> None:
@@ -137,7 +155,7 @@ def make_world(size: dict, out: Path) -> None:
 def open_world(size: dict, out: Path) -> dict:
     """What all contestants work on; made first if it is not there."""
     if config.is_main() and not (out / "ready").is_file():
-        make_world(size, out)
+        copy_world(config.ROOT / size["run"], size["prompts"], out) if size["run"] else make_world(size, out)
         (out / "ready").touch()
     config.wait_for_all()
     settings = config.load_settings(f"qwen2.5-vl-{size['real']}", []) if size["real"] else config.Settings()
@@ -148,6 +166,7 @@ def open_world(size: dict, out: Path) -> dict:
     samples = data.read_samples(out / "rejection" / "wrong.jsonl")
     return {"settings": settings, "own": own, "out": out, "model": model, "processor": processor, "samples": samples,
             "encode": lambda: [M.encode(processor, model, data.build_prompt(s, own.mode), data.THINK) for s in samples],
+            "ends": bool(size["run"]),
             # An untrained model earns 0 everywhere, and every gradient would be 0: a coin stands in for the rewards.
             "coin": lambda: torch.rand(len(samples), own.group_size, generator=chance).round(),
             "optimizer": functools.cache(lambda: sft.optimizer_for(model, own)), "reference": functools.cache(lambda: M.load(path)[0])}
@@ -170,7 +189,7 @@ def generated(world: dict, prompts: list, samples: int) -> torch.Tensor:
     with torch.no_grad():
         ids = model.eval().generate(**inputs, num_return_sequences=samples, max_new_tokens=new, do_sample=True, temperature=1.0, top_k=0, top_p=1.0,
                                     suppress_tokens=M.banned_ids(model, tokenizer).tolist(), disable_compile=True)[:, inputs["input_ids"].shape[1] :]
-    assert ids.shape == (len(prompts) * samples, new), "a text ended early: the contestants would not do the same work"
+    assert world["ends"] or ids.shape == (len(prompts) * samples, new), "a text ended early: the contestants would not do the same work"
     return ids
 
 
@@ -199,7 +218,7 @@ def step_of_this(world: dict, plain: bool = False) -> dict:
         [grpo.rewards_of(processor.text(row), world["samples"][k // own.group_size], own.mode) for k, row in enumerate(ids)]
     else:
         made, *_ = grpo.rollout(model, processor, world["samples"], own, prompts)
-        assert int(made.lengths.min()) == own.max_new_tokens
+        assert world["ends"] or int(made.lengths.min()) == own.max_new_tokens
     rollout = clock() - encoded
     advantages = grpo.group_advantages(world["coin"]()).to(made.ids.device)
     with patch.object(M, "completion_logprobs", functools.partial(M.completion_logprobs, share_prompt=not plain)):
@@ -238,7 +257,7 @@ def train_trl(world: dict, policy, rounds: int, between) -> list:
             return [self[number] for number in numbers]
 
     def reward(prompts, completions, completion_ids, number, **_) -> list:
-        assert {len(ids) for ids in completion_ids} == {own.max_new_tokens}
+        assert world["ends"] or {len(ids) for ids in completion_ids} == {own.max_new_tokens}
         [grpo.rewards_of(data.THINK + said[0]["content"], samples[k], own.mode) for said, k in zip(completions, number)]
         return world["coin"]().flatten().tolist()
 
@@ -428,15 +447,16 @@ def show(rows: list) -> None:
 
 
 def size_table(name: str, size: dict, title: str, threads: int) -> None:
-    names = ["this code", "plain loop", "general", "generate"] + ["TRL"] * bool(trl_version())
+    names = ["this code"] + ["plain loop"] * (not size["run"]) + ["general", "generate"] + ["TRL"] * bool(trl_version())
     learners = [c for c in names if c not in ("general", "generate")]
     with tempfile.TemporaryDirectory() as out:
         found = child("measure", size, Path(out), names, threads=threads)
         peaks = {c: child("alone", size | {"rounds": 1}, Path(out), [c], threads=threads) for c in learners}
     rounds, need, rates = found["rounds"], found["need"], [row["matmul"] for row in found["rounds"]]
     print(f"\n== {name}: {title}\n   {found['parameters'] / 1e6:.1f}M parameters; {size['prompts']} prompts of {min(found['prompt'])} to "
-          f"{max(found['prompt'])} tokens x {size['group']} completions of {size['new']}; {len(rounds)} rounds; {found['device']}, "
-          f"matmul {statistics.median(rates) / 1e9:,.0f} [{min(rates) / 1e9:,.0f}-{max(rates) / 1e9:,.0f}] GFLOP/s")
+          f"{max(found['prompt'])} tokens x {size['group']} completions of {'at most ' * bool(size['run'])}{size['new']}; "
+          f"{len(rounds)} rounds; {found['device']}, matmul "
+          f"{statistics.median(rates) / 1e9:,.0f} [{min(rates) / 1e9:,.0f}-{max(rates) / 1e9:,.0f}] GFLOP/s")
     table = [["", *names]]
 
     def line(label: str, among: list, values, more_is_better: bool = False):
@@ -445,10 +465,13 @@ def size_table(name: str, size: dict, title: str, threads: int) -> None:
 
     seconds = lambda key: lambda c: [row[c][key] for row in rounds]
     rate = lambda key, tokens: lambda c: [tokens / s for s in seconds(key)(c)]
-    line("rollout, tokens/s", names, rate("rollout", size["prompts"] * size["group"] * size["new"]), True)
+    if size["run"]:  # whose texts are as long as they are
+        line("rollout, s", names, seconds("rollout"))
+    else:
+        line("rollout, tokens/s", names, rate("rollout", size["prompts"] * size["group"] * size["new"]), True)
     line("update, s", learners, seconds("update"))
     line("learning, s", learners, seconds("learning"))
-    for key, work in (("learning", need["learning"]), ("update", sum(need.values()))):
+    for key, work in (("learning", need["learning"]), ("update", sum(need.values()))) if not size["run"] else ():
         share = lambda c: f"{statistics.median(work / row[c][key] / row['matmul'] for row in rounds):.1%}"
         table.append([f"{key}, of matmul rate", *(share(c) if c in learners else "-" for c in names)])
     if size["sft"]:
