@@ -52,7 +52,7 @@ COMPARISONS = (("pairing", 2.5, *CONSISTENCY), ("comparing", 4.0, ("compare",) *
 # still wrong in one pair of seven. Half of the exercises compare, on the first dimension and none, any or all of the others: learnt with
 # one number of them it is lost with another, as the pictures then stand nearer or farther. (phase, pairs relative to base.scenes, peak learning
 # rate, numbers of others)
-FRESH = (("fresh one", 1.5, 5e-4, [0]), ("fresh any", 1, 4e-4, [0, 1, 1, 2]), ("fresh all", 1, 5e-4, [2]), ("fresh some", 0.9, 4e-4, [0, 1, 2, 2]))
+FRESH = (("fresh-one", 1.5, 5e-4, [0]), ("fresh-any", 1, 4e-4, [0, 1, 1, 2]), ("fresh-all", 1, 5e-4, [2]), ("fresh-some", 0.9, 4e-4, [0, 1, 2, 2]))
 
 
 def practice(rng: random.Random, kind: str, sample: Sample, scenes: list, dimensions: list | None = None) -> tuple:
@@ -121,50 +121,54 @@ def practice(rng: random.Random, kind: str, sample: Sample, scenes: list, dimens
     return build_prompt(sample, "answer", allow_tie=allow_tie), f"<answer>{verdict_string(task, sample.label)}</answer>"
 
 
-def write_practice(folder, pairs: int, rows_per_pair: int, simple: int, rng: random.Random) -> None:
-    """Practice of the base in the official SFT schema, one file for each phase of `sft.build_base`: SKILLS (`simple` exercises times the
-    factor); practice.jsonl, a mixture of all exercises, and if `simple` is 0 the only file; COMPARISONS; consolidation.jsonl, the mixture again, with
-    more comparing and less of understanding, which is learnt sooner; FRESH. Of the generation pairs one in five is a tie, of the fresh ones one in
-    ten, which only the direct mode can say."""
-    made = write_split(folder, "pairs", [(TASKS[k % 4], is_generation(TASKS[k % 4]) and k % 40 < 8) for k in range(pairs)], SEEN, rng)
+def exercise(rng: random.Random, kind: str, sample: Sample, scenes: list, dimensions: list | None = None) -> dict:
+    """The same in the official SFT schema."""
+    parts, response = practice(rng, kind, sample, scenes, dimensions)
+    text, images = to_text(parts)
+    return {"kind": kind, "conversations": [{"from": "human", "value": text}, {"from": "gpt", "value": response}], "images": images}
 
-    def exercise(kind, sample, scenes, dimensions=None):
-        parts, response = practice(rng, kind, sample, scenes, dimensions)
-        text, images = to_text(parts)
-        return {"kind": kind, "conversations": [{"from": "human", "value": text}, {"from": "gpt", "value": response}], "images": images}
+
+def mixture(rng: random.Random, pair: tuple, weights: dict, count: int) -> list:
+    """`count` exercises of `weights` on one (sample, scenes); a tie has no verdict to conclude."""
+    return [exercise(rng, kind, *pair) for kind in rng.choices(list(weights), list(weights.values()), k=count) if pair[0].label or kind != "conclude"]
+
+
+def write_practice(folder, pairs: int, rows_per_pair: int, simple: int, rng: random.Random) -> None:
+    """Practice of the base, one file for each phase of `build_base`: SKILLS (`simple` exercises times the factor); practice.jsonl, a mixture of all
+    exercises, and if `simple` is 0 the only file; COMPARISONS; consolidation.jsonl, the mixture again, with more comparing and less of
+    understanding, which is learnt sooner. One generation pair in five is a tie, which only the direct mode can say."""
+    made = write_split(folder, "pairs", [(TASKS[k % 4], is_generation(TASKS[k % 4]) and k % 40 < 8) for k in range(pairs)], SEEN, rng)
 
     def skill(factor, kinds, among, dimensions):
         able = [pair for pair in made if pair[0].task in among]
-        return [exercise(kind, *rng.choice(able), dimensions) for kind in rng.choices(kinds, k=round(factor * simple))]
+        return [exercise(rng, kind, *rng.choice(able), dimensions) for kind in rng.choices(kinds, k=round(factor * simple))]
 
-    def mixture(weights, of_understanding):
-        rows = []
-        for sample, scenes in made:
-            kinds = rng.choices(list(weights), list(weights.values()), k=rows_per_pair if is_generation(sample.task) else of_understanding)
-            rows += [exercise(kind, sample, scenes) for kind in kinds if sample.label or kind != "conclude"]
-        return rows
+    def whole(weights, of_understanding):
+        return sum([mixture(rng, pair, weights, rows_per_pair if is_generation(pair[0].task) else of_understanding) for pair in made], [])
 
-    def fresh(phase, count, others):
-        plan = [(task, is_generation(task) and k % 10 == 0) for k in range(count) for task in ("video_generation", *PAIRED, TASKS[2 + k % 2])]
+    files = {name: skill(*rest) for name, *rest in SKILLS if simple}
+    files["practice"] = whole(PRACTICE, rows_per_pair)
+    if simple:
+        files |= {name: skill(*rest) for name, *rest in COMPARISONS}
+        files["consolidation"] = whole(CONSOLIDATION, rows_per_pair // 3)
+    for file, rows in files.items():
+        write_jsonl(folder / f"{file}.jsonl", rows)
+
+
+def write_fresh(folder, pairs: int, rng: random.Random) -> None:
+    """The files of FRESH; `pairs`: those of write_practice. One generation pair in ten is a tie."""
+    for phase, factor, _, others in FRESH:
+        plan = [(task, is_generation(task) and k % 10 == 0) for k in range(round(factor * pairs / 4))
+                for task in ("image_generation", "video_generation", "video_generation", TASKS[2 + k % 2])]
         rows = []
-        for sample, scenes in write_split(folder, phase.replace(" ", "-"), plan, SEEN, rng):
+        for sample, scenes in write_split(folder, f"{phase}-pairs", plan, SEEN, rng):
             paired = is_generation(sample.task)
             for kind in rng.choices(CONSISTENCY[0] if paired else ("compare",), k=2 if sample.task == "video_generation" else 1):
                 first, *rest = DIMENSIONS[sample.task]
                 dimensions = [first] + rng.sample(rest, rng.choice(others))
-                rows.append(exercise(kind, sample, scenes, rng.sample(dimensions, len(dimensions))))
-            kinds = rng.choices(list(CONSOLIDATION), list(CONSOLIDATION.values()), k=1 if paired else 2)
-            rows += [exercise(kind, sample, scenes) for kind in kinds if sample.label or kind != "conclude"]
-        return rows
-
-    files = {name: skill(*rest) for name, *rest in SKILLS if simple}
-    files["practice"] = mixture(PRACTICE, rows_per_pair)
-    if simple:
-        files |= {name: skill(*rest) for name, *rest in COMPARISONS}
-        files["consolidation"] = mixture(CONSOLIDATION, rows_per_pair // 3)
-        files |= {name: fresh(name, round(factor * pairs / 4), others) for name, factor, _, others in FRESH}
-    for file, rows in files.items():
-        write_jsonl(folder / f"{file}.jsonl", rows)
+                rows.append(exercise(rng, kind, sample, scenes, rng.sample(dimensions, len(dimensions))))
+            rows += mixture(rng, (sample, scenes), CONSOLIDATION, 1 if paired else 2)
+        write_jsonl(folder / f"{phase}.jsonl", rows)
 
 
 # ----------------------------------------------------------------------------------------------------- the small backbone
@@ -231,10 +235,11 @@ def all_text(example: tuple) -> str:
 def build_base(settings: config.Settings, folder: Path) -> str:
     """Draws the practice, trains the tokenizer on it, then the model: single skills one after the other, then the mixture. Told apart,
     skills are learnt in minutes each; from the mixture alone, checking was still near chance after ten. Then once more: comparing two pictures,
-    of which the mixture had left 15 to 70% of the lines right, and the mixture."""
+    of which the mixture had left 15 to 70% of the lines right, and the mixture; and both together on fresh pairs."""
     base = settings.base
     if not any(folder.glob("*.state")):  # else it was written before the first of them
         write_practice(folder, base.scenes, base.rows_per_scene, base.simple, random.Random(f"{settings.run.seed}/base"))
+        write_fresh(folder, base.scenes, random.Random(f"{settings.run.seed}/base/fresh"))
     config.wait_for_all()
     practice = data.read_conversations(folder / "practice.jsonl")
     tokenizer = train_tokenizer([all_text(example) for example in practice], settings.model.vocab_size)

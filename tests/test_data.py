@@ -749,3 +749,19 @@ def test_written_practice_has_every_kind_no_held_out_item_and_ties_only_where_as
         assert "equally good" not in response or "are both equally good?" in prompt
         assert all(Image.open(file).size == (32, 32) for part in parts if part["type"] != "text" for file in data.flat(part[part["type"]]))
     assert ties >= 6
+
+
+def test_fresh_practice_compares_on_the_first_dimension_and_as_many_others_as_its_phase_says(tmp_path):
+    pretrain.write_fresh(tmp_path, 80, random.Random(2))
+    for phase, factor, _, others in pretrain.FRESH:
+        rows, found = data.read_jsonl(tmp_path / f"{phase}.jsonl"), set()
+        pairs = {sample.id: sample for sample in data.read_samples(tmp_path / f"{phase}-pairs.jsonl")}
+        assert len(pairs) == 4 * round(20 * factor) and sum(sample.task == "video_generation" for sample in pairs.values()) == len(pairs) / 2
+        assert sum(row["kind"] in ("compare", "name_pair") for row in rows) > 0.5 * len(rows) and {"direct", "conclude"} < {row["kind"] for row in rows}
+        for row in rows:
+            said = row["conversations"][1]["value"]
+            assert not named_items(row["conversations"][0]["value"] + said) & shapes.HELDOUT
+            if row["kind"] == "compare":
+                task = next(task for task in data.TASKS if data.parse_verdict(said, task).scores)
+                found.add(len(data.parse_verdict(said, task).scores))
+        assert found >= {1 + count for count in others}
