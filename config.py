@@ -99,7 +99,7 @@ class SFT(Learning):
 @dataclass
 class Base(SFT):
     rebuild: bool = setting(False, "train the base anew in runs/NAME/base instead of starting from model.path")
-    scenes: int = setting(8000, "pairs drawn for practice")
+    scenes: int = setting(8000, "pairs drawn for practice; base.pretrain.FRESH says how many more after it")
     rows_per_scene: int = setting(5, "exercises written on each of them")
     simple: int = setting(12000, "exercises in the first single skill, naming; base.pretrain.SKILLS says how many in the others", allowed=(0, 1e12))
     simple_lr: float = setting(1e-3, "peak learning rate of the single skills; `lr` is that of the mixture")

@@ -9,7 +9,7 @@ turned by M-RoPE, which is plain RoPE for text. Only attention is done in anothe
                     product over rows with gaps between them takes four times as long as one over all
 
 Letters of shapes: B rows, P prompts, S seats for rows at each prompt, L prompt tokens, T room for new tokens, H heads of queries,
-K of keys and values, R = H / K, d numbers a head. With rows dropped a prompt may have fewer rows than seats: an empty seat costs attention as
+K of keys and values, R = H / K, d numbers a head. A prompt with fewer rows than another has empty seats: one costs attention as
 much as a full one, and the rest of a layer nothing.
 """
 
@@ -59,7 +59,7 @@ class Decoder:
 
     def batch_select_indices(self, rows: torch.Tensor) -> None:
         """Goes on with these rows, sorted; a row may come several times, and prompts without one are dropped."""
-        old = self.taken.view(-1, self.heads)[rows].flatten()  # where the rows that stay sat
+        old = self.taken.view(-1, self.heads)[rows].flatten()  # where the rows these go on from sat
         left, prompt = self.prompt[rows].unique_consecutive(return_inverse=True)
         if len(left) * self.heads < len(self.padding):
             kept = (left[:, None] * self.heads + torch.arange(self.heads, device=left.device)).flatten()

@@ -17,8 +17,8 @@ a verdict that follows from them (consistency_weight) and for right scores (dime
 the SFT loss of some of the base's exercises, added to this one (replay, as InstructGPT's PPO-ptx, arXiv 2203.02155).
 Departures from the official code: (1) denominators are those of the whole update, fixed before the micro-batch loop. (2) A group of
 equal rewards gets advantages of exactly 0. (3) The format reward wants the whole text to match: nothing after </answer>. (4)
-Log-probabilities are those of the distribution that was sampled. (5) The prompt is run once per group, and
-what its completions have in common: for the rollout as long as they are equal, for the update those that are equal to their ends.
+Log-probabilities are those of the distribution that was sampled. (5) The prompt is run once per group. So is what
+its completions begin with in common, in the rollout, and a completion that occurs several times, in reference and update.
 
     python grpo.py --config small
 """

@@ -5,8 +5,9 @@ Checkpoints of Qwen2.5-VL, Qwen3-VL and LLaVA-OneVision run through the same lin
     generate(...)             samples G completions per prompt and returns their ids, lengths and log-probabilities
     completion_logprobs(...)  scores the same ids, with gradients; log pi(y_t | x, y_<t) of GRPO's ratio and KL
 
-Both share work the same way: the prompt, which is mostly image, is run once, and its G completions on top of its repeated key-value
-cache. `completion_logprobs(..., share_prompt=False)` is the plain form, one full sequence per row; the tests hold the two together.
+Both share work: the prompt, which is mostly image, is run once, and its G completions on top of its key-value cache; `generate` runs
+completions as one text until they part, `completion_logprobs` runs equal ones once. `completion_logprobs(..., share_prompt=False)` is the
+plain form, one full sequence per row; the tests hold the two together.
 """
 
 import contextlib
@@ -320,13 +321,13 @@ def generate(model, processor: Processor, prompts: list, group_size: int = 1, ma
     for batch in config.progress(batches, label) if label else batches:
         inputs = collate([prompts[p] for p in batch], "left", processor.tokenizer.pad_token_id, device)
         output = model(**inputs, use_cache=True, logits_to_keep=1)
-        prompt, logits = output.past_key_values, output.logits[:, -1]
+        prompt, logits = output.past_key_values, output.logits[:, -1]  # [N, V]; N different texts so far, at first the prompts
         fast = decode.Decoder(model, prompt, inputs["attention_mask"]) if decode.fits(model) else None
         cache = Cache(layers=[PromptCache(layer.keys, layer.values, max_new_tokens) for layer in prompt.layers if not fast])
         del output, prompt  # what is needed of them stands in `fast` or `cache`
         rows = torch.tensor([p * group_size + g for p in batch for g in range(group_size)], device=device)  # [B]
-        mask, position = F.pad(inputs["attention_mask"], (0, max_new_tokens), value=1), inputs["position_ids"].amax((0, 2)) + 1
-        text = torch.arange(len(batch), device=device).repeat_interleave(group_size)  # [B], a row's among the N different texts so far
+        mask, position = F.pad(inputs["attention_mask"], (0, max_new_tokens), value=1), inputs["position_ids"].amax((0, 2)) + 1  # [N, L + T], [N]
+        text = torch.arange(len(batch), device=device).repeat_interleave(group_size)  # [B], which of the N texts a row has so far
         alive = torch.ones(len(rows), dtype=torch.bool, device=device)
         uniform = [torch.rand(group_size, max_new_tokens, dtype=torch.float64, generator=torch.Generator().manual_seed(seeds[p])) for p in batch]
         uniform = torch.cat(uniform).to(device)  # [B, T]
@@ -342,18 +343,18 @@ def generate(model, processor: Processor, prompts: list, group_size: int = 1, ma
             left = int(alive.sum())
             if left == 0 or step + 1 == max_new_tokens:
                 break
-            longer = text * scores.shape[1] + token.where(alive, eos)
-            different, text = longer.unique(return_inverse=True)
-            if len(different) > len(scores) or left <= 0.75 * len(alive):  # texts part, or rows that have ended are dropped
-                rows, uniform, longer, alive = rows[alive], uniform[alive], longer[alive], alive[alive]
-                different, text = longer.unique(return_inverse=True)
-                before = different // scores.shape[1]  # [N], what each has grown from
+            vocabulary = scores.shape[1]
+            longer = text * vocabulary + token.where(alive, eos)  # [B], a text and what follows it as one number; those that have ended stay together
+            if moved := len(longer.unique()) > len(scores) or left <= 0.75 * len(alive):  # texts part, or rows have ended: these are dropped
+                rows, uniform, longer, alive = (x[alive] for x in (rows, uniform, longer, alive))
+            different, text = longer.unique(return_inverse=True)  # [N], sorted, so that the texts of a prompt stay beside each other
+            before, last = different // vocabulary, different % vocabulary  # the text that each has grown from, its last token
+            if moved:  # else each of the texts, in their order, has grown by a token
                 mask, position = mask[before], position[before]
                 for part in [fast] if fast else cache.layers:
                     part.batch_select_indices(before)
-            token = different % scores.shape[1]  # [N]
-            logits = fast.step(token, position + step) if fast else model(
-                input_ids=token[:, None], attention_mask=mask[:, : cache.get_seq_length() + 1], past_key_values=cache,
+            logits = fast.step(last, position + step) if fast else model(
+                input_ids=last[:, None], attention_mask=mask[:, : cache.get_seq_length() + 1], past_key_values=cache,
                 position_ids=(position + step)[None, :, None].expand(3, -1, 1), use_cache=True).logits[:, -1]
     ends = ids == eos
     after = ends.cumsum(1) > ends.long()  # an end stands before
@@ -370,19 +371,21 @@ def completion_logprobs(model, processor: Processor, prompts: list, ids: torch.T
     """log pi(y_t | x, y_<t) of sampled completions, in fp32: ids [P * G, T], lengths [P * G] -> [P * G, T] (0 after the end).
 
     share_prompt: the prompt is run once, with gradient, and its completions on top of its cache, repeated for each; the gradient of every
-    completion flows back into the one prompt pass. Completions that are equal are run once: a small policy repeats itself. Otherwise prompt
-    and completion are run as one sequence per row, the plain form: same numbers, G times the prompt's cost. Only completion positions reach
-    the vocabulary. `with_entropy` adds the per-token entropy of the sampling distribution [P * G, T], without gradient."""
+    completion flows back into the one prompt pass. Completions that are equal are run once: a small policy repeats itself. Otherwise, and with
+    gradient checkpointing, prompt and completion are run as one sequence per row, the plain form: same numbers, G times the prompt's cost. Only
+    completion positions reach the vocabulary. `with_entropy` adds the per-token entropy of the sampling distribution [P * G, T], without gradient."""
     device, tokenizer = device_of(model), processor.tokenizer
     banned = banned_ids(model, tokenizer).to(device)
     width, owner = ids.shape[1], torch.arange(len(prompts), device=device).repeat_interleave(len(ids) // len(prompts))  # whose completion a row is
     model.train(model.is_activation_checkpointing and torch.is_grad_enabled())  # layers are run again in training mode only; none has dropout
     share_prompt = share_prompt and not model.training  # a layer that is run again keeps no cache
     if share_prompt:
+        # [B, 2 + T]: whose, how long, which tokens; from here on these are the rows. row [P * G]: which of them a completion is.
         different, row = torch.cat([owner[:, None], lengths[:, None], ids], 1).unique(dim=0, return_inverse=True)
         owner, lengths, ids = different[:, 0], different[:, 1], different[:, 2:]
     else:
-        prompts, owner, row = [prompts[p] for p in owner], torch.arange(len(ids), device=device), slice(None)
+        prompts, owner = [prompts[p] for p in owner.tolist()], torch.arange(len(ids), device=device)
+        row = owner
     mask = torch.arange(width, device=device) < lengths[:, None]
     inputs = collate(prompts, "left", tokenizer.pad_token_id, device)
     start = inputs["position_ids"].amax((0, 2))[owner] + 1  # [B]
@@ -392,8 +395,9 @@ def completion_logprobs(model, processor: Processor, prompts: list, ids: torch.T
         if share_prompt:
             prefill = model(**inputs, use_cache=True, logits_to_keep=1)
             cache = prefill.past_key_values
-            cache.batch_select_indices(owner)
-            hidden = prefill.logits[owner]  # [B, 1, d] predicts the first completion token
+            for layer in cache.layers:  # index_select: the backward of an index adds up in any order
+                layer.keys, layer.values = layer.keys.index_select(0, owner), layer.values.index_select(0, owner)
+            hidden = prefill.logits.index_select(0, owner)  # [B, 1, d] predicts the first completion token
             if width > 1:
                 rest = model(input_ids=ids[:, :-1], attention_mask=full_mask[:, :-1], position_ids=positions[:, :, :-1],
                              past_key_values=cache, use_cache=True)
@@ -410,7 +414,7 @@ def completion_logprobs(model, processor: Processor, prompts: list, ids: torch.T
     size = max(1, PIECE // len(head))
     pieces = zip(hidden[mask].split(size), ids[mask].split(size))
     made = zip(*[checkpoint(score, *piece, use_reentrant=False, preserve_rng_state=False) for piece in pieces])
-    logprobs, *entropy = (torch.zeros(mask.shape, device=device).masked_scatter(mask, torch.cat(values))[row] for values in made)
+    logprobs, *entropy = (torch.zeros(mask.shape, device=device).masked_scatter(mask, torch.cat(values)).index_select(0, row) for values in made)
     return (logprobs, *entropy) if with_entropy else logprobs
 
 

@@ -122,7 +122,7 @@ def practice(rng: random.Random, kind: str, sample: Sample, scenes: list, dimens
 
 
 def exercise(rng: random.Random, kind: str, sample: Sample, scenes: list, dimensions: list | None = None) -> dict:
-    """The same in the official SFT schema."""
+    """One exercise of `practice` in the official SFT schema."""
     parts, response = practice(rng, kind, sample, scenes, dimensions)
     text, images = to_text(parts)
     return {"kind": kind, "conversations": [{"from": "human", "value": text}, {"from": "gpt", "value": response}], "images": images}
@@ -134,7 +134,7 @@ def mixture(rng: random.Random, pair: tuple, weights: dict, count: int) -> list:
 
 
 def write_practice(folder, pairs: int, rows_per_pair: int, simple: int, rng: random.Random) -> None:
-    """Practice of the base, one file for each phase of `build_base`: SKILLS (`simple` exercises times the factor); practice.jsonl, a mixture of all
+    """Practice of the base, one file for each phase of `build_base` up to FRESH: SKILLS (`simple` exercises times the factor); practice.jsonl, a mixture of all
     exercises, and if `simple` is 0 the only file; COMPARISONS; consolidation.jsonl, the mixture again, with more comparing and less of
     understanding, which is learnt sooner. One generation pair in five is a tie, which only the direct mode can say."""
     made = write_split(folder, "pairs", [(TASKS[k % 4], is_generation(TASKS[k % 4]) and k % 40 < 8) for k in range(pairs)], SEEN, rng)
@@ -144,7 +144,7 @@ def write_practice(folder, pairs: int, rows_per_pair: int, simple: int, rng: ran
         return [exercise(rng, kind, *rng.choice(able), dimensions) for kind in rng.choices(kinds, k=round(factor * simple))]
 
     def whole(weights, of_understanding):
-        return sum([mixture(rng, pair, weights, rows_per_pair if is_generation(pair[0].task) else of_understanding) for pair in made], [])
+        return [row for pair in made for row in mixture(rng, pair, weights, rows_per_pair if is_generation(pair[0].task) else of_understanding)]
 
     files = {name: skill(*rest) for name, *rest in SKILLS if simple}
     files["practice"] = whole(PRACTICE, rows_per_pair)
@@ -158,7 +158,7 @@ def write_practice(folder, pairs: int, rows_per_pair: int, simple: int, rng: ran
 def write_fresh(folder, pairs: int, rng: random.Random) -> None:
     """The files of FRESH; `pairs`: those of write_practice. One generation pair in ten is a tie."""
     for phase, factor, _, others in FRESH:
-        plan = [(task, is_generation(task) and k % 10 == 0) for k in range(round(factor * pairs / 4))
+        plan = [(task, is_generation(task) and k % 10 == 0) for k in range(max(1, round(factor * pairs / 4)))
                 for task in ("image_generation", "video_generation", "video_generation", TASKS[2 + k % 2])]
         rows = []
         for sample, scenes in write_split(folder, f"{phase}-pairs", plan, SEEN, rng):
@@ -253,7 +253,8 @@ def build_base(settings: config.Settings, folder: Path) -> str:
         sft.train(model, processor, data.read_conversations(folder / f"{phase}.jsonl"), own, folder, phase, f"base: {phase}")
     ends = [max(folder.glob(f"base: {phase}.*.0.state"), key=lambda file: file.stat().st_mtime) for phase, _ in phases[-2:]]
     with torch.no_grad():  # the mean of the last two phases' weights: what is learnt in the last alone carries over to the cold start less evenly
-        for parameter, *learnt in zip(model.parameters(), *(torch.load(file, weights_only=True)["learnt"] for file in ends)):
+        learning = [p for p in model.parameters() if p.requires_grad]
+        for parameter, *learnt in zip(learning, *(torch.load(file, weights_only=True)["learnt"] for file in ends), strict=True):
             parameter.copy_(sum(learnt) / 2)
     M.save(model, processor, folder, torch.float16)
     config.wait_for_all()

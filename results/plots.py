@@ -17,7 +17,7 @@ import data
 from results.claims import KEYS, REASONING, estimate, gain, per_pair, read_run
 
 STAGES = {"base-answer": "base\n(direct)", "cold_start-think": "cold\nstart", "rejection_sft-think": "rejection\nsampling", "grpo-think": "GRPO\n(full)"}
-PASS = 27  # steps of `small` in which GRPO sees its wrong samples about once
+PASS = 31  # steps of `small` in which GRPO sees its wrong samples about once
 
 
 def percents(samples: list) -> np.ndarray:

@@ -73,7 +73,7 @@ WORK = dict(width=128, layers=4, vocabulary=0, prompts=8, group=8, new=100, prom
 SIZES = {  # name: (work, what it stands for)
     "small": (WORK | dict(sft=128, rounds=6), "the small model and the small world's prompts"),
     "trained": (WORK | dict(run="runs/small", prompts=16, new=160, rounds=8),
-                "GRPO of `small` itself, from runs/small: its model, what it judged wrongly, texts that end"),
+                "GRPO of `small` itself, from runs/small: its model, the pairs of images that it judged wrongly, texts that end"),
     "10m": (WORK | dict(width=320, layers=8, prompts=4, new=64, sft=64, rounds=6), "about 10M parameters, the small world's prompts"),
     "long": (WORK | dict(prompts=1, new=300, prompt_tokens=1200, vocabulary=152064, rounds=3),
              "long prompts, 152k vocabulary; at this width most of the work is the vocabulary's"),
@@ -160,7 +160,8 @@ def open_world(size: dict, out: Path) -> dict:
     config.wait_for_all()
     settings = config.load_settings(f"qwen2.5-vl-{size['real']}", []) if size["real"] else config.Settings()
     settings.grpo = own = config.dataclasses.replace(settings.grpo, group_size=size["group"], max_new_tokens=size["new"], micro_prompts=size["micro"],
-                                                     prompts_per_step=size["prompts"], steps=size["rounds"] + 1, lr=1e-4)
+                                                     prompts_per_step=size["prompts"], steps=size["rounds"] + 1,
+                                                     lr=0.0 if size["run"] else 1e-4)  # a trained policy stays what it is, for all contestants
     path, chance = str(out / "rejection_sft"), torch.Generator().manual_seed(0)
     model, processor = M.load(path)
     samples = data.read_samples(out / "rejection" / "wrong.jsonl")
@@ -568,7 +569,10 @@ def main() -> None:
         less = {"rounds": given.rounds} if given.rounds else {"rounds": 2} if given.quick else {}
         if name in SIZES:
             size, title = SIZES[name]
-            size_table(name, size | ({"prompts": 4, "new": 32, "sft": 32} if given.quick else {}) | less, title, given.threads)
+            if size["run"] and not given.only and not (config.ROOT / size["run"] / "grpo" / "done.json").is_file():
+                print(f"\n== {name}: left out, {size['run']} is not finished (python grpo.py --config small)")
+                continue
+            size_table(name, size | ({"prompts": 4, "new": 32, "sft": min(32, size["sft"])} if given.quick else {}) | less, title, given.threads)
         elif name in GROWTH:
             key, values, size = GROWTH[name]
             growth_table(key.replace("_", " "), key, values, size | less, given.threads)

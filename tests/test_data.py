@@ -751,17 +751,22 @@ def test_written_practice_has_every_kind_no_held_out_item_and_ties_only_where_as
     assert ties >= 6
 
 
-def test_fresh_practice_compares_on_the_first_dimension_and_as_many_others_as_its_phase_says(tmp_path):
+def test_fresh_practice_compares_on_the_first_dimension_and_as_many_others_as_its_phase_says(tmp_path, monkeypatch):
+    mixture = pretrain.mixture
+    monkeypatch.setattr(pretrain, "mixture", lambda *given: [row | {"mixed": True} for row in mixture(*given)])
     pretrain.write_fresh(tmp_path, 80, random.Random(2))
     for phase, factor, _, others in pretrain.FRESH:
         rows, found = data.read_jsonl(tmp_path / f"{phase}.jsonl"), set()
-        pairs = {sample.id: sample for sample in data.read_samples(tmp_path / f"{phase}-pairs.jsonl")}
-        assert len(pairs) == 4 * round(20 * factor) and sum(sample.task == "video_generation" for sample in pairs.values()) == len(pairs) / 2
-        assert sum(row["kind"] in ("compare", "name_pair") for row in rows) > 0.5 * len(rows) and {"direct", "conclude"} < {row["kind"] for row in rows}
-        for row in rows:
+        pairs = data.read_samples(tmp_path / f"{phase}-pairs.jsonl")
+        assert len(pairs) == 4 * round(20 * factor) and sum(sample.task == "video_generation" for sample in pairs) == len(pairs) / 2
+        assert {"direct", "conclude"} < {row["kind"] for row in rows if "mixed" in row}
+        chosen = [row for row in rows if "mixed" not in row]
+        assert len(chosen) == 1.5 * len(pairs) and {row["kind"] for row in chosen} == {"compare", "name_pair"}
+        for row in chosen:
             said = row["conversations"][1]["value"]
             assert not named_items(row["conversations"][0]["value"] + said) & shapes.HELDOUT
             if row["kind"] == "compare":
-                task = next(task for task in data.TASKS if data.parse_verdict(said, task).scores)
-                found.add(len(data.parse_verdict(said, task).scores))
-        assert found >= {1 + count for count in others}
+                scored = max((data.parse_verdict(said, task).scores for task in data.TASKS), key=len)
+                found.add(len(scored))
+                assert {"semantic consistency", "semantic accuracy"} & set(scored)
+        assert found == {1 + count for count in others}

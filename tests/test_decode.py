@@ -69,7 +69,7 @@ def cumulated(model, processor, prompt: dict, ids: torch.Tensor, temperature: fl
 def test_tokens_and_log_probabilities_are_those_of_the_models_own_forward(request, monkeypatch, which, group_size, temperature):
     model, processor, prompts = request.getfixturevalue(which)
     fast, plain, rows = both_ways(monkeypatch, model, processor, prompts, group_size, 50, temperature, seeds=range(8))
-    assert len(set(rows)) > 1 or not temperature, "rows drop out on the way"
+    assert any(after < before for before, after in zip(rows, rows[1:])) or not temperature, "rows drop out on the way"
     assert len({len(p["ids"]) for p in prompts}) > 4 and len(rows) > 2 * decode.BLOCK
     width, double = max(fast.ids.shape[1], plain.ids.shape[1]), copy.deepcopy(model).double()
     one, other = (F.pad(made.ids, (0, width - made.ids.shape[1]), value=processor.tokenizer.pad_token_id) for made in (fast, plain))
@@ -98,7 +98,8 @@ def test_completions_that_are_still_equal_are_run_once(base, monkeypatch, enable
     for step, run in enumerate(rows[1:], 1):  # the first is that of the prompts
         texts = [(row // 8, *made.ids[row, :step].tolist()) for row in range(64)]
         going = {text for text, length in zip(texts, made.lengths) if length > step}
-        assert len(going) <= run <= len(set(texts))
+        assert run == len(going) or len(going) < run == rows[step - 1], "ended rows may stay until texts part or a quarter has ended"
+    assert any(after < before for before, after in zip(rows, rows[1:])) or not temperature
     assert max(rows) > 3 * len(prompts) if temperature > 1 else max(rows) < 2 * len(prompts)
 
 
@@ -114,7 +115,8 @@ def test_greedy_tokens_are_those_of_transformers(request, which):
 
 
 def test_every_row_attends_to_its_own_prompt_and_tokens_whichever_rows_are_dropped(grouped):
-    """Attention by its definition, row by row, after a dropping that leaves 3, 0, 1 and 2 rows of 4 prompts, the second padded by two tokens."""
+    """Attention by its definition, row by row, after a choice that leaves 3 (two of them from one), 0, 1 and 2 rows of 4 prompts, the third
+    padded by two tokens."""
     model, chance = grouped[0], torch.Generator().manual_seed(0)
     random = lambda *shape: torch.randn(*shape, generator=chance)
     cache = transformers.DynamicCache()
@@ -125,7 +127,7 @@ def test_every_row_attends_to_its_own_prompt_and_tokens_whichever_rows_are_dropp
     decoder = decode.Decoder(model, cache, mask)
     decoder.batch_select_indices(torch.arange(4).repeat_interleave(3))
     decoder.own = [[random(24, 7, 8) for _ in "kv"] for _ in range(3)]
-    keep, prompt = torch.tensor([0, 1, 2, 7, 9, 11]), [0, 0, 0, 2, 3, 3]
+    keep, prompt = torch.tensor([0, 1, 1, 7, 9, 11]), [0, 0, 0, 2, 3, 3]
     keys, values = (x[decoder.taken.view(12, 2)[keep]] for x in decoder.own[1])  # [6 rows, 2 heads, 7, 8]
     decoder.batch_select_indices(keep)
     q, unused = random(6, 6, 8), torch.tensor([0.0] * 4 + [float("-inf")] * 3)

@@ -10,7 +10,7 @@ import config
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = {path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8")
-         for path in [ROOT / "README.md", *(ROOT / "docs").glob("*.md"), *(ROOT / "results").glob("*.md")]}
+         for path in [ROOT / "README.md", *(ROOT / "docs").glob("*.md"), *(ROOT / "results").rglob("*.md")]}
 TEXT = "\n".join(text for page, text in PAGES.items() if page != "docs/reliability.md")  # which shows mistakes
 SCRIPTS = {path.stem for path in ROOT.glob("*.py")}
 
