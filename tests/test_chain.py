@@ -147,9 +147,13 @@ def test_a_base_can_be_rebuilt(tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     losses = [row["loss"] for row in data.read_jsonl(tmp_path / "rebuilt" / "base" / "metrics.jsonl")]
     assert losses[-1] < losses[0]
-    model, processor = M.load(str(tmp_path / "rebuilt" / "base"))
-    ends = [next((tmp_path / "rebuilt" / "base").glob(f"base: {phase}.*.0.state")) for phase, *_ in pretrain.FRESH[-2:]]
-    for parameter, one, other in zip(model.parameters(), *(torch.load(file)["learnt"] for file in ends), strict=True):
+
+
+def test_the_base_is_the_mean_of_its_last_two_phases(tmp_path):
+    settings = config.load_settings("smoke", [("base.scenes", "4"), ("base.simple", "4"), ("model.hidden_size", "48"), ("model.heads", "2")])
+    pretrain.build_base(settings, tmp_path)
+    ends = [next(tmp_path.glob(f"base: {phase}.*.0.state")) for phase, *_ in pretrain.FRESH[-2:]]
+    for parameter, one, other in zip(M.load(str(tmp_path))[0].parameters(), *(torch.load(file)["learnt"] for file in ends), strict=True):
         assert torch.equal(parameter, ((one + other) / 2).half().float()) and not torch.equal(one, other)
 
 
