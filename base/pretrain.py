@@ -135,8 +135,8 @@ def mixture(rng: random.Random, pair: tuple, weights: dict, count: int) -> list:
 
 def write_practice(folder, pairs: int, rows_per_pair: int, simple: int, rng: random.Random) -> None:
     """Practice of the base, one file for each phase of `build_base` up to FRESH: SKILLS (`simple` exercises times the factor); practice.jsonl,
-    a mixture of all exercises, and if `simple` is 0 the only file; COMPARISONS; consolidation.jsonl, the mixture again, with more comparing and less of
-    understanding, which is learnt sooner. One generation pair in five is a tie, which only the direct mode can say."""
+    a mixture of all exercises, and if `simple` is 0 the only file; COMPARISONS; consolidation.jsonl, the mixture again, with more comparing and
+    less of understanding, which is learnt sooner. One generation pair in five is a tie, which only the direct mode can say."""
     made = write_split(folder, "pairs", [(TASKS[k % 4], is_generation(TASKS[k % 4]) and k % 40 < 8) for k in range(pairs)], SEEN, rng)
 
     def skill(factor, kinds, among, dimensions):
