@@ -29,11 +29,15 @@ def keep(folder: Path, name: str, step: int, optimizer) -> None:
         file.unlink()
 
 
+def last_step(folder: Path, name: str) -> int:
+    """The step of the last state that was kept; 0 where there is none."""
+    return max((int(file.name.split(".")[-3]) for file in folder.glob(f"{name}.*.0.state")), default=0)
+
+
 @torch.no_grad()
 def restore(folder: Path, name: str, model, optimizer) -> int:
     """Puts back the last state, cuts the logs to what they were then, and returns its step; 0 where there is none."""
-    step = max((int(file.name.split(".")[-3]) for file in folder.glob(f"{name}.*.0.state")), default=0)
-    if step:
+    if step := last_step(folder, name):
         learning = optimizer.param_groups[0]["params"]
         rank = config.world()[0] if isinstance(learning[0], DTensor) else 0
         state = torch.load(folder / f"{name}.{step}.{rank}.state", map_location="cpu", weights_only=True, mmap=True)

@@ -22,6 +22,7 @@ import model as M
 import sft
 from data import (DIMENSIONS, STEPS, TASKS, THINK, Sample, build_prompt, candidate_noun, is_generation, is_video, media_parts, steps_text,
                   to_text, verdict_string, write_items, write_jsonl, write_totals)
+from resume import last_step
 from shapes import DIRECTIONS, PAIRED, POSSIBLE, SEEN, change, checks, name, write_split
 
 # --------------------------------------------------------------------------------------------------------------- practice
@@ -248,10 +249,10 @@ def build_base(settings: config.Settings, folder: Path) -> str:
     phases = [(name, skill) for name, *_ in SKILLS] + [("practice", base)]
     phases += [(name, once) for name, *_ in COMPARISONS] + [("consolidation", base)]
     phases += [(name, config.dataclasses.replace(once, lr=lr)) for name, _, lr, _ in FRESH]
-    begun = [k for k, (phase, _) in enumerate(phases) if any(folder.glob(f"base: {phase}.*.0.state"))]
+    begun = [k for k, (phase, _) in enumerate(phases) if last_step(folder, f"base: {phase}")]
     for phase, own in phases[max(begun, default=0) :]:  # a state has all that was learnt before it
         sft.train(model, processor, data.read_conversations(folder / f"{phase}.jsonl"), own, folder, phase, f"base: {phase}")
-    ends = [max(folder.glob(f"base: {phase}.*.0.state"), key=lambda file: file.stat().st_mtime) for phase, _ in phases[-2:]]
+    ends = [folder / f"base: {phase}.{last_step(folder, f'base: {phase}')}.0.state" for phase, _ in phases[-2:]]
     with torch.no_grad():  # the mean of the last two phases' weights: what is learnt in the last alone carries over to the cold start less evenly
         learning = [p for p in model.parameters() if p.requires_grad]
         for parameter, *learnt in zip(learning, *(torch.load(file, weights_only=True)["learnt"] for file in ends), strict=True):

@@ -12,7 +12,6 @@ A difference is taken within a seed, on the same pairs. With a single seed its i
 import gzip
 import hashlib
 import json
-import math
 from pathlib import Path
 
 import numpy as np
@@ -101,15 +100,6 @@ def estimate(samples: list) -> tuple:
     return float(np.mean(means)), float(np.mean(means) - half), float(np.mean(means) + half)
 
 
-def median_estimate(samples: list) -> tuple:
-    """(median, low, high) of the means of 6 seeds or more, whatever their distribution: low and high are the outermost but k, the largest k for
-    which the true median lies outside with a chance of at most 5% (binomial, 1/2)."""
-    means, n = sorted(float(np.mean(values)) for values in samples), len(samples)
-    outside = np.cumsum([math.comb(n, k) for k in range(n)]) / 2 ** (n - 1)  # on either side
-    k = int((outside <= 0.05).sum()) - 1
-    return float(np.median(means)), means[k], means[n - 1 - k]
-
-
 def per_pair(run: dict, key: str, split: str = "test", task: str = "all", **value) -> dict:
     """evaluate.pair_scores of one row of the stage table, on one split and one task or all."""
     return pair_scores([row for row in run[key] if row["split"] == split and task in (row["task"], "all")], **value)
@@ -128,13 +118,11 @@ def claims(runs: list) -> list:
     well_formed = lambda row: row["format_ok"] - 0.8
     formed = [(s, estimate([list(per_pair(run, "cold_start-think", task=s, value=well_formed).values()) for run in runs])) for s in others]
     full, direct = gain(runs, "grpo-think", "base-answer"), gain(runs, "grpo_direct-answer", "base-answer")
-    median = [("C5", "the same, median over seeds: one that falls apart counts no more than the others",
-               [("all", median_estimate(gain(runs, "grpo-answer", "base-answer")))])] if len(runs) > 5 else []  # of fewer there is no such interval
     return [("C1", "the cold start alone lowers accuracy: base direct - cold start", rise("base-answer", "cold_start-think", ["all"])),
             ("C2", "rejection sampling lifts every task: rejection SFT - base direct", rise("rejection_sft-think", "base-answer", tasks)),
             ("C3", "GRPO lifts every task: GRPO - rejection SFT", rise("grpo-think", "rejection_sft-think", tasks)),
             ("C4", "the format carries over: well-formed answers of the cold start on tasks it had no data of - 80%", formed),
-            ("C5", "implicit reasoning: full model answering directly - base direct", rise("grpo-answer", "base-answer", ["all"])), *median,
+            ("C5", "implicit reasoning: full model answering directly - base direct", rise("grpo-answer", "base-answer", ["all"])),
             ("C6", "GRPO without CoT gains little: half of the full model's gain - its gain",
              [("all", estimate([0.5 * one - two for one, two in zip(full, direct)]))]),
             ("2", "stage 2 adds: rejection SFT - cold start", rise("rejection_sft-think", "cold_start-think", ["all"])),
