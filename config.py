@@ -126,7 +126,7 @@ class Distill(Server):
     max_cost: float = setting(20.0, "stop before all replies, those of earlier runs included, could cost more; 0 sets no limit", shapes=False)
     price_in: float = setting(2.5, "price of a million prompt tokens, in the unit of max_cost (default: gpt-4o in US dollars)", shapes=False)
     price_out: float = setting(10.0, "price of a million reply tokens, in the unit of max_cost (default: gpt-4o in US dollars)", shapes=False)
-    error_rate: float = setting(0.1, "share of its judgements in which the scripted teacher scores a dimension wrongly", allowed=(0, 1))
+    error_rate: float = setting(0.1, "share of its judgements in which the scripted teacher sees another fact", allowed=(0, 1))
     scores: bool = setting(True, "false: the scripted teacher reasons without scores and sums (then no consistency_weight, gated, select consistent)")
 
 

@@ -36,6 +36,7 @@ DIMENSIONS = {  # paper, section 3.1: what each task is judged on, every dimensi
     "video_understanding": ("semantic accuracy", "correctness", "clarity"),
 }
 TASKS = tuple(DIMENSIONS)
+FLIP = {1: 2, 2: 1}  # a verdict, of the same pair in the other order; no other changes
 is_video = lambda task: task.startswith("video")
 is_generation = lambda task: task.endswith("generation")
 
@@ -81,9 +82,9 @@ class Sample:
     def swapped(self) -> "Sample":
         """The same pair in the other order: media, answers, scores *and* label change places together."""
         media = self.media[::-1] if is_generation(self.task) else self.media
-        flip = {1: 2, 2: 1}.get(self.label, self.label)
+        label = FLIP.get(self.label, self.label)
         swap = lambda values: {key: pair[::-1] for key, pair in values.items()}
-        return Sample(self.id, self.task, self.prompt, media, self.answers[::-1], flip, swap(self.scores), swap(self.reasons), self.problem)
+        return Sample(self.id, self.task, self.prompt, media, self.answers[::-1], label, swap(self.scores), swap(self.reasons), self.problem)
 
 
 # ---------------------------------------------------------------------------------------------------------------- prompts
@@ -111,13 +112,15 @@ def build_prompt(sample: Sample, mode: str, style: str = "short", allow_tie: boo
     was trained on them understands; "full" explains them to a model that never saw the task. `allow_tie`: direct mode of generation."""
     noun, dimensions = candidate_noun(sample.task), DIMENSIONS[sample.task]
     ties = allow_tie and mode == "answer" and is_generation(sample.task)
+    choices = " or ".join(f"<answer>{text}</answer>" for text in list(verdict_strings(sample.task))[: 3 if ties else 2])
     if sample.problem:
         text = sample.problem
+        if mode == "answer" and THINK in text:  # the official rows ask for reasoning, which the direct controls are to do without
+            text += f"\nLeave the reasoning out: write exactly one of {choices} and nothing else."
     elif style == "short":
         direct = f"Which is better, {noun} 1 or {noun} 2{', or are both equally good' if ties else ''}? Answer directly."
         text = steps_text(sample.task, dimensions, STEPS) if mode == "think" else direct
     else:
-        choices = " or ".join(f"<answer>{text}</answer>" for text in list(verdict_strings(sample.task))[: 3 if ties else 2])
         generation = "how well it fits the caption and how well it is made"
         asked = generation if is_generation(sample.task) else "how well it answers the question about what is shown"
         text = f"Two candidates, {noun} 1 and {noun} 2, are to be compared by {asked}.\n"
@@ -229,7 +232,8 @@ def parse_verdict(text: str, task: str) -> Verdict:
         stated.setdefault(int(match.group(1)), ([float(term) for term in match.group(2).split("+")], float(match.group(3))))
     totals = {k: total for k, (_, total) in stated.items()}
     sums_ok = set(stated) == {1, 2} and bool(scores) and all(
-        sum(terms) == total and sorted(terms) == sorted(pair[k] for pair in scores.values() if k in pair) for k, (terms, total) in stated.items()
+        abs(sum(terms) - total) < 0.05 and sorted(terms) == sorted(pair[k] for pair in scores.values() if k in pair)
+        for k, (terms, total) in stated.items()
     )
     follows = sums_ok and answer == (0 if totals[1] == totals[2] else 1 if totals[1] > totals[2] else 2)
     return Verdict(answer, format_ok, scores, reasons, totals, sums_ok, follows)
@@ -286,7 +290,8 @@ def sft_row(sample: Sample, mode: str, response: str) -> dict:
 def row_sample(row: dict, root: Path) -> Sample:
     """A row of any schema -> Sample. An official row without our parts is read by its verdict and its files; ValueError where they do not tell."""
     files = [str(root / file) for file in flat(row.get("images", []))]
-    text = row["solution"] if "solution" in row else row["conversations"][1]["value"] if "conversations" in row else ""
+    response = row["conversations"][1]["value"] if "conversations" in row else ""
+    text = row.get("solution", response)  # tells the label
     video = len(files) != 1 or "<video>" in f"{row.get('problem')}{row.get('conversations')}"
     told = [task for task in TASKS if parse_answer(text, task) is not None][:: -1 if video else 1]  # the tasks of understanding share their verdicts
     task = row.get("task") or next(iter(told), "")
@@ -300,7 +305,7 @@ def row_sample(row: dict, root: Path) -> Sample:
         media = [str(root / item) if isinstance(item, str) else [str(root / file) for file in item] for item in flat(row["media"])]
     problem = "" if "prompt" in row or "media" in row else re.sub(r"<image>|<video>", "", row.get("problem") or row["conversations"][0]["value"])
     label, parts = row.get("label", parse_answer(text, task)), (row.get("prompt", ""), media, row.get("answers", []))
-    known = {"response": text if "conversations" in row else ""} | ({} if "media" in row else row)  # "scores" of one's own may be anything
+    known = {"response": response} | ({} if "media" in row else row)  # "scores" of one's own may be anything
     return Sample(str(row.get("id", "")), task, *parts, label, known.get("scores", {}), known.get("reasons", {}), problem, known["response"])
 
 

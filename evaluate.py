@@ -6,7 +6,8 @@ its 95% interval resamples pairs.
 
 Beside accuracy, for the thinking rows: is the format kept, do the sums add up, does the verdict follow from them, are the scores and the
 facts behind them right, do both orders agree. On the split with ties: diff = accuracy over the pairs that are no tie, tau = plain
-three-way accuracy, tau_calibrated = three-way accuracy when totals closer than the best threshold count as a tie (arXiv 2305.14324).
+three-way accuracy, tau_calibrated = three-way accuracy of the stated totals: a tie where they differ by no more than the best threshold, else
+the larger wins (arXiv 2305.14324).
 
     python evaluate.py --config small                        the stage table and the report
     python evaluate.py bench|compare|judge|table|votes -h    benchmarks, differences, pairs of one's own, several seeds, voting
@@ -33,10 +34,10 @@ from report import SPLITS, percent
 
 # ---------------------------------------------------------------------------------------------------------------- metrics
 
-def interval(values: np.ndarray, seed: int = 0, draws: int = 1000) -> dict:
-    """{"low", "high"}: 95% percentile bootstrap interval of the mean of `values` [pairs]; of [choices, pairs], a resample takes its best choice."""
+def interval(values: np.ndarray) -> dict:
+    """{"low", "high"}: 95% percentile interval of the mean of `values` [pairs], 1,000 resamples; of [choices, pairs] each takes its best choice."""
     values = np.atleast_2d(values)
-    taken = np.random.default_rng(seed).choice(values.shape[1], size=(draws, values.shape[1]))
+    taken = np.random.default_rng(0).choice(values.shape[1], size=(1000, values.shape[1]))
     means = np.max([row[taken].mean(1) for row in values], axis=0)
     return {name: round(float(np.percentile(means, q)), 4) for name, q in (("low", 2.5), ("high", 97.5))}
 
@@ -51,13 +52,13 @@ def pair_scores(rows: list, value=lambda row: row["answer"] == row["label"]) -> 
 
 def summarise(rows: list) -> dict:
     """Metrics of the judgements of one task (or of all) on one split."""
-    by_pair, flip = np.array(list(pair_scores(rows).values())), {1: 2, 2: 1}
+    by_pair = np.array(list(pair_scores(rows).values()))
     share = lambda values: round(float(np.mean(list(values))), 4)
     made = {"accuracy": share(by_pair), **interval(by_pair), "pairs": len(by_pair), "unreadable": share(row["answer"] is None for row in rows),
             "first_chosen": share(row["answer"] == 1 for row in rows)}
     given, turned = ({row["id"]: row["answer"] for row in rows if row["swapped"] == swapped} for swapped in (False, True))
     if both := given.keys() & turned.keys():
-        made["orders_agree"] = share(given[k] is not None and flip.get(given[k], given[k]) == turned[k] for k in both)
+        made["orders_agree"] = share(given[k] is not None and data.FLIP.get(given[k], given[k]) == turned[k] for k in both)
     if rows[0]["mode"] == "think":
         made |= {name: share(row[name] for row in rows) for name in ("format_ok", "sums_ok", "consistent")}
         if all(row["scores_right"] is not None for row in rows):  # the truth is known in the small world only
@@ -202,9 +203,9 @@ def judge_pairs(model, processor, samples: list, mode: str = "think", votes: int
     One dict per sample: "answer" 1, 2, 0 (undecided) or None (nothing readable), "votes" {answer: count}, "margin" (votes for 1 - for 2) / all,
     "total_margin" mean difference of stated totals or None, "judgements" rows of `judge` in the sample's own numbering (not so their texts)."""
     rows = judge(model, processor, samples, mode, own or config.Evaluate(), False, label, orders, style, template, votes)
-    results, flip, turn = [], {1: 2, 2: 1}, lambda pair: {3 - k: value for k, value in pair.items()}
+    results, turn = [], lambda pair: {3 - k: value for k, value in pair.items()}
     for row in [row for row in rows if row["swapped"]]:
-        row |= {key: flip.get(row[key], row[key]) for key in ("answer", "label")} | {"margin": None if row["margin"] is None else -row["margin"]}
+        row |= {key: data.FLIP.get(row[key], row[key]) for key in ("answer", "label")} | {"margin": None if row["margin"] is None else -row["margin"]}
         row |= {"totals": turn(row["totals"]), "scores": {name: turn(pair) for name, pair in row["scores"].items()}}
     for sample in samples:
         each = (votes or 1) * sum(sample.turns or not swapped for swapped in orders)

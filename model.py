@@ -371,9 +371,9 @@ def completion_logprobs(model, processor: Processor, prompts: list, ids: torch.T
     """log pi(y_t | x, y_<t) of sampled completions, in fp32: ids [P * G, T], lengths [P * G] -> [P * G, T] (0 after the end).
 
     share_prompt: the prompt is run once, with gradient, and its completions on top of its cache, repeated for each; the gradient of every
-    completion flows back into the one prompt pass. Completions that are equal are run once: a small policy repeats itself. Otherwise, and with
-    gradient checkpointing, prompt and completion are run as one sequence per row, the plain form: same numbers, G times the prompt's cost. Only
-    completion positions reach the vocabulary. `with_entropy` adds the per-token entropy of the sampling distribution [P * G, T], without gradient."""
+    completion flows back into the one prompt pass. Completions that are equal are run once: a small policy repeats itself. With share_prompt=False,
+    and with gradient checkpointing, prompt and completion are run as one sequence per row, the plain form: same numbers, G times the prompt's cost.
+    Only completion positions reach the vocabulary. `with_entropy` adds the entropy of the sampling distribution [P * G, T], without gradient."""
     device, tokenizer = device_of(model), processor.tokenizer
     banned = banned_ids(model, tokenizer).to(device)
     width, owner = ids.shape[1], torch.arange(len(prompts), device=device).repeat_interleave(len(ids) // len(prompts))  # whose completion a row is

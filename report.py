@@ -48,9 +48,11 @@ def read_rows(path: Path) -> list:
 
 
 def read_results(out: Path) -> list:
-    """The rows of the stage table, of the checkpoints judged so far: evaluate.py writes a file for each."""
-    files = {row: out / "evaluate" / f"{row[1]}-{row[2]}.json" for row in stages.ROWS}
-    return [dict(zip(("name", "stage", "mode"), row)) | json.loads(file.read_text()) for row, file in files.items() if file.is_file()]
+    """The rows of the stage table, of the checkpoints judged so far: evaluate.py writes a file for each. What was judged before its checkpoint or
+    the pairs were made again is left out."""
+    judged = {row: stages.read_facts(out / "evaluate" / f"{row[1]}-{row[2]}.json") for row in stages.ROWS}
+    now = lambda stage: [stages.made_by(stage, out), stages.made_by("data", out)]
+    return [dict(zip(("name", "stage", "mode"), row)) | made for row, made in judged.items() if made.get("state", [])[:2] == now(row[1])]
 
 
 # ----------------------------------------------------------------------------------------------------------------- tables

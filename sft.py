@@ -43,7 +43,7 @@ def sft_loss(logits: torch.Tensor, ids: torch.Tensor, response_mask: torch.Tenso
 
 
 def learning_rate(step: int, steps: int, peak: float, warmup: float) -> float:
-    """Linear from 0 over the first `warmup` share of the steps, then a cosine to 0. Step counts from 0; its rate is that of its end."""
+    """Linear to the peak over the first `warmup` share of the steps, then a cosine that would reach 0 one step after the last. Step counts from 0."""
     rising = max(1, round(warmup * steps))
     if step < rising:
         return peak * (step + 1) / rising

@@ -249,5 +249,3 @@ def run_stages(default_stage: str, arguments: list, commands) -> None:
             return importlib.import_module("explain").explain(stage, settings, out)
     table, page = out / "evaluate" / "table.txt", out / "evaluate" / "report.html"
     print(f"\n{table.read_text()}\nreport: {page}" if whole else f"{stage} is ready in {out / stage}")
-
-

@@ -1,7 +1,7 @@
 """The base: a small Qwen2.5-VL trained from random weights, which stands for the pretrained UnifiedReward that the paper starts from.
 
 What it learns is written here: single skills on all four tasks, and direct answers, never a whole chain of thought. The result is shipped in
-configs/small-base, so nobody has to run this; to do so takes an hour and a half on two cores:
+configs/small-base, so nobody has to run this; to do so takes an hour and three quarters on two cores:
 
     OMP_NUM_THREADS=1 torchrun --nproc-per-node 2 sft.py --config small --stage base --base.rebuild true
 """
@@ -118,7 +118,7 @@ def practice(rng: random.Random, kind: str, sample: Sample, scenes: list, dimens
         fact = rng.choice(sample.reasons[DIMENSIONS[task][0]][k].split(", "))
         asked, answer = fact.rsplit(" ", 1)
         return [show, text(f"Is this shown: {asked}? Steps: check, decide.")], f"{THINK}{fact}</think>\n<answer>{answer}</answer>"
-    allow_tie = is_generation(task) and (sample.label == 0 or rng.random() < 0.5)  # a third of the prompts that allow a tie show one
+    allow_tie = is_generation(task) and (sample.label == 0 or rng.random() < 0.5)  # of the prompts that allow a tie a third show one, or 18% (FRESH)
     return build_prompt(sample, "answer", allow_tie=allow_tie), f"<answer>{verdict_string(task, sample.label)}</answer>"
 
 
@@ -236,7 +236,8 @@ def all_text(example: tuple) -> str:
 def build_base(settings: config.Settings, folder: Path) -> str:
     """Draws the practice, trains the tokenizer on it, then the model: single skills one after the other, then the mixture. Told apart,
     skills are learnt in minutes each; from the mixture alone, checking was still near chance after ten. Then once more: comparing two pictures,
-    of which the mixture had left 15 to 70% of the lines right, and the mixture; and both together on fresh pairs."""
+    of which the mixture had left 15 to 70% of the lines right, and the mixture; and both together on fresh pairs.
+    What is saved is the mean of the weights after the last two phases."""
     base = settings.base
     if not any(folder.glob("*.state")):  # else it was written before the first of them
         write_practice(folder, base.scenes, base.rows_per_scene, base.simple, random.Random(f"{settings.run.seed}/base"))

@@ -1,6 +1,6 @@
 """The paper's claims C1 to C6 over several seeds, the stage table with error bars, and one row for each thing that was changed.
 
-    for seed in $(seq 0 10); do python grpo.py --config small --out runs/seed$seed --run.seed $seed; done
+    for seed in $(seq 0 8); do python grpo.py --config small --out runs/seed$seed --run.seed $seed; done
     cp -r runs/seed0 runs/seed0-beta0 && python grpo.py --config small --out runs/seed0-beta0 --run.seed 0 --grpo.beta 0
     python evaluate.py table runs/seed*                      # or from what --keep wrote: results/seed*.jsonl.gz
 
@@ -105,9 +105,9 @@ def per_pair(run: dict, key: str, split: str = "test", task: str = "all", **valu
     return pair_scores([row for row in run[key] if row["split"] == split and task in (row["task"], "all")], **value)
 
 
-def gain(runs: list, after: str, before: str, task: str = "all", split: str = "test", than: list = ()) -> list:
+def gain(runs: list, after: str, before: str, task: str = "all", than: list = ()) -> list:
     """For each seed the differences of its pairs: right after - right before, the latter in the runs `than` if they are given."""
-    both = [(per_pair(run, after, split, task), per_pair(other, before, split, task)) for run, other in zip(runs, than or runs)]
+    both = [(per_pair(run, after, task=task), per_pair(other, before, task=task)) for run, other in zip(runs, than or runs)]
     return [np.array([one[k] - two[k] for k in one]) for one, two in both]
 
 

@@ -15,6 +15,8 @@ import evaluate
 import model as M
 from results.claims import markdown
 
+EDGES = (0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.01)
+
 
 def majority(answers: list, label: int) -> float:
     """1, 0 or 1/2 (undecided, or nothing readable): is the majority of `answers` (1, 2 or None) the label?"""
@@ -28,14 +30,12 @@ def accuracy_of(votes: list, count: int, draws: int = 200) -> float:
     return float(np.mean([majority(rng.sample(answers, count), label) for answers, label in votes for _ in range(draws)]))
 
 
-def calibration(votes: list, edges: tuple = (0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.01)) -> list:
-    """[(from, to, pairs, mean share of the winner's votes, share of these pairs whose winner is right)] of what was decided."""
-    found = []
-    for answers, label in votes:
-        share = sum(answer == label for answer in answers) / len(answers)
-        found += [(max(share, 1 - share), share > 0.5)] if share != 0.5 else []
-    bins = [[pair for pair in found if low <= pair[0] < high] for low, high in zip(edges, edges[1:])]
-    return [(low, min(high, 1.0), len(some), *np.mean(some, axis=0)) for low, high, some in zip(edges, edges[1:], bins) if some]
+def calibration(votes: list) -> list:
+    """[(from, to, pairs, mean share of the winner in the votes that can be read, share of these pairs whose winner is right)] of what was decided."""
+    counts = [[sum(answer == k for answer in answers) for k in (label, 3 - label)] for answers, label in votes]
+    found = [(max(count) / sum(count), count[0] > count[1]) for count in counts if count[0] != count[1]]
+    bins = [[pair for pair in found if low <= pair[0] < high] for low, high in zip(EDGES, EDGES[1:])]
+    return [(low, min(high, 1.0), len(some), *np.mean(some, axis=0)) for low, high, some in zip(EDGES, EDGES[1:], bins) if some]
 
 
 def votes(options) -> None:

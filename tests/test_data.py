@@ -119,6 +119,13 @@ def test_sums_and_verdict_are_checked_against_the_scores(sums, verdict, sums_ok,
     assert (read.sums_ok, read.consistent, read.format_ok) == (sums_ok, consistent, True)
 
 
+@pytest.mark.parametrize("scores, total, right", [((8.3, 8.1, 7.9), 24.3, True), ((9.1, 8.2, 7.3), 24.6, True), ((9.1, 8.2, 7.3), 24.7, False)])
+def test_sums_of_decimals_are_no_matter_of_binary_fractions(scores, total, right):
+    items = "".join(f"{k}. Point {'abc'[k]}: Image 1: good ({score}/10). Image 2: bad (1/10).\n" for k, score in enumerate(scores))
+    text = chain(f"{items}Total score: Image 1: {'+'.join(map(str, scores))}={total}. Image 2: 1+1+1=3.", "Image 1 is better")
+    assert parse_verdict(text, "image_generation").sums_ok == right
+
+
 @pytest.mark.parametrize("verdict, consistent", [("Image 1 is better", False), ("Image 2 is better", False), ("Both images are equally good", True)])
 def test_equal_totals_make_no_candidate_the_better_one(verdict, consistent):
     text = chain("1. Aesthetics: Image 1: vivid (9/10). Image 2: vivid (9/10).\nTotal score: Image 1: 9=9. Image 2: 9=9.", verdict)
@@ -372,6 +379,7 @@ def test_a_taught_response_survives_writing_and_reading(world, samples):
     written = [(sample, mode) for sample in samples for mode in ("think", "answer")]
     data.write_jsonl(world / "taught.jsonl", [data.sft_row(sample, mode, f"reply to {sample.id}") for sample, mode in written])
     assert data.read_conversations(world / "taught.jsonl") == [(data.build_prompt(sample, mode), f"reply to {sample.id}") for sample, mode in written]
+    assert [sample.response for sample in data.read_samples(world / "taught.jsonl")] == [f"reply to {sample.id}" for sample, _ in written]
     assert data.read_samples(world / "taught.jsonl") == [sample for sample, _ in written], "the label stays the sample's, whatever the reply says"
 
 
@@ -403,6 +411,15 @@ def test_official_rows_are_read_without_our_keys(tmp_path, task, verdict, count,
     if schema == "sft":
         (parts, said), = data.read_conversations(tmp_path / "rows.json")
         assert said == response and words(parts) == words(prompt)
+
+
+def test_an_official_row_that_asks_for_reasoning_can_be_asked_directly():
+    sample = Sample("a", "image_generation", media=["a.png", "b.png"], label=1, problem="Reason between <think> and </think>, then answer.")
+    asked = words(data.build_prompt(sample, "answer"))
+    assert asked.startswith(sample.problem) and all(f"<answer>Image {k} is better</answer>" in asked for k in (1, 2)) and "equally" not in asked
+    assert "equally" in words(data.build_prompt(sample, "answer", allow_tie=True))
+    plain = config.dataclasses.replace(sample, problem="Which is better?")
+    assert words(data.build_prompt(sample, "think")) == sample.problem and words(data.build_prompt(plain, "answer")) == plain.problem
 
 
 @pytest.mark.parametrize("task", GENERATION)

@@ -534,7 +534,7 @@ def test_the_report_is_written_from_a_run_that_is_still_going(world, samples, tm
     rows = [{"split": "test", "id": s.id, "swapped": False, "task": s.task, "mode": "think", "label": s.label, "answer": v.answer, "text": text,
              "scores": v.scores, "scores_right": 1.0, "facts_right": 1.0, "format_ok": True, "sums_ok": True, "consistent": True} for s, text, v in judged]
     data.write_jsonl(out / "evaluate" / "cold_start-think.jsonl", rows)
-    cells = {"splits": {"test": {"all": evaluate.summarise(rows)}, "heldout": {}}, "ties": {}}
+    cells = {"state": [None, None], "splits": {"test": {"all": evaluate.summarise(rows)}, "heldout": {}}, "ties": {}}
     (out / "evaluate" / "cold_start-think.json").write_text(json.dumps(cells))
     (out / "cold_start" / "done.json").write_text(json.dumps({"made": "9 examples", "seconds": 2.0}))
     steps = [json.dumps({"step": k, "reward_accuracy": 0.25 * k, "kl": 0.001 * k}) + "\n" for k in (1, 2, 3)]
@@ -552,6 +552,8 @@ def test_the_report_is_written_from_a_run_that_is_still_going(world, samples, tm
         assert said["right"] and said["scores"] == [[name, truth, truth] for name, truth in sample.scores.items()]
         assert pair["facts"] == [[name, [list(fact) for fact in zip(sample.scores[name], sample.reasons[name])]] for name in sample.scores]
         assert len(pair["media"]) == len(sample.media) and all(item["src"].startswith("data:image/png;base64,") for item in pair["media"])
+    (out / "cold_start" / "done.json").write_text(json.dumps({"id": "cold_start 2", "made": "9 examples", "seconds": 2.0}))
+    assert "No checkpoint has been judged yet" in report.write(out).read_text(), "the checkpoint is not the one that was judged"
     (out / "grpo" / "metrics.jsonl").write_text(steps[0] + steps[1][:9] + "\n" + steps[2])
     done = subprocess.run([sys.executable, ROOT / "report.py", out], capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr.startswith(f"error: {out / 'grpo' / 'metrics.jsonl'} is damaged") and done.stderr.count("\n") == 1

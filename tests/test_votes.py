@@ -25,6 +25,7 @@ def test_accuracy_of_k_votes_is_the_mean_over_all_draws_of_k(count):
 def test_calibration_sorts_pairs_by_the_winners_share():
     cast = [([1] * 9 + [2], 1), ([1] * 9 + [2], 2), ([1] * 6 + [2] * 4, 1), ([1] * 5 + [2] * 5, 1), ([2] * 10, 2)]
     assert votes.calibration(cast) == [(0.6, 0.7, 1, 0.6, 1.0), (0.9, 1.0, 2, pytest.approx(0.9), 0.5), (1.0, 1.0, 1, 1.0, 1.0)]
+    assert votes.calibration([([1] * 3 + [2] + [None] * 9, 1)]) == [(0.7, 0.8, 1, 0.75, 1.0)], "what cannot be read is nobody's vote"
 
 
 def test_a_run_without_a_model_is_refused(tmp_path):
