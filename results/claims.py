@@ -88,6 +88,15 @@ def differs(run: dict, plain: dict, key: str) -> bool:
     return key in run and said(run[key]) != said(plain[key])
 
 
+def changed(named: dict) -> dict:
+    """Of {name: run}: {WHAT: ([the runs named seedN-WHAT], [the plain ones of the same seeds])}."""
+    found = {}
+    for seed, what, run in sorted(((*name.split("-", 1), run) for name, run in named.items() if "-" in name), key=lambda one: one[:2]):
+        runs, plain = found.setdefault(what, ([], []))
+        runs.append(run), plain.append(named[seed])
+    return dict(sorted(found.items()))
+
+
 # ------------------------------------------------------------------------------------------------------------ statistics
 
 def estimate(samples: list) -> tuple:
@@ -163,10 +172,8 @@ def reasoning_cells(runs: list, key: str) -> list:
 
 def changes_table(named: dict) -> str:
     """The runs named seedN-WHAT against the plain ones of the same seeds: for each WHAT the rows of the stage table that it changes."""
-    lines, changed = [], sorted({name.partition("-")[2] for name in named} - {""})
-    for what in changed:
-        runs = [run for name, run in named.items() if name.partition("-")[2] == what]
-        seeds = [named[name.partition("-")[0]] for name in named if name.partition("-")[2] == what]
+    lines = []
+    for what, (runs, seeds) in changed(named).items():
         ours, plain = runs[0]["settings"], DEFAULTS | seeds[0]["settings"]  # what was kept before there was a setting had its default
         flags = " ".join(f"--{key} {json.dumps(value).strip(chr(34))}" for key, value in ours.items() if plain.get(key) != value)
         for title, key in KEYS[:-1]:  # the last is another look at the full model

@@ -14,7 +14,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 import data
-from results.claims import KEYS, REASONING, estimate, gain, per_pair, read_run
+from results.claims import KEYS, REASONING, changed, differs, estimate, gain, per_pair, read_run
 
 STAGES = {"base-answer": "base\n(direct)", "cold_start-think": "cold\nstart", "rejection_sft-think": "rejection\nsampling", "grpo-think": "GRPO\n(full)"}
 PASS = 31  # steps of `small` in which GRPO sees its wrong samples about once
@@ -76,12 +76,8 @@ def curves_plot(runs: list) -> None:
 
 def changes_plot(named: dict) -> None:
     """The full model of every changed run against the plain run of its seed; what is far off stands at the edge, with its figure."""
-    found = {}
-    for name, run in named.items():
-        if "-" in name and run["grpo-think"] is not named[name.partition("-")[0]]["grpo-think"]:  # of some, only a control was changed
-            found.setdefault(name.partition("-")[2], []).append((run, named[name.partition("-")[0]]))
-    points = {what: 100 * np.array(estimate(gain(runs, "grpo-think", "grpo-think", than=seeds)))
-              for what, (runs, seeds) in ((what, tuple(map(list, zip(*both)))) for what, both in found.items())}
+    points = {what: percents(gain(runs, "grpo-think", "grpo-think", than=seeds)) for what, (runs, seeds) in changed(named).items()
+              if all(differs(run, seed, "grpo-think") for run, seed in zip(runs, seeds))}  # of some, only a control was changed
     order = sorted(points, key=lambda what: points[what][0])
     mean, low, high = np.array([points[what] for what in order]).T
     figure, axis = plt.subplots(figsize=(7, 0.5 + 0.28 * len(order)))
