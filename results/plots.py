@@ -81,7 +81,7 @@ def changes_plot(named: dict) -> None:
     order = sorted(points, key=lambda what: points[what][0])
     mean, low, high = np.array([points[what] for what in order]).T
     figure, axis = plt.subplots(figsize=(7, 0.5 + 0.28 * len(order)))
-    edge = -7
+    edge = -3
     axis.errorbar(mean, range(len(order)), xerr=[mean - low, high - mean], fmt="o", capsize=3)
     for row in np.flatnonzero(mean < edge):
         axis.text(edge + 0.15, row, f"\N{BLACK LEFT-POINTING TRIANGLE} {mean[row]:.1f}", va="center")
