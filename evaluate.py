@@ -116,7 +116,7 @@ def judge_checkpoint(stage: str, mode: str, settings: config.Settings, out: Path
     folder = out / "evaluate"
     folder.mkdir(parents=True, exist_ok=True)
     kept, mark = folder / f"{stage}-{mode}.jsonl", folder / f"{stage}-{mode}.json"
-    state = [stages.made_by(s, out) for s in (stage, "data")] + [config.shaping(settings.evaluate)]
+    state = report.judged_of(stage, out) + [config.shaping(settings.evaluate)]
     if stages.read_facts(mark).get("state") != state:
         model, processor = {"url": settings.evaluate.endpoint, "model": stage, "file": folder / "replies.jsonl", "checkpoint": state[0]}, None
         if not settings.evaluate.endpoint or stage not in settings.evaluate.served.split(","):

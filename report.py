@@ -47,12 +47,16 @@ def read_rows(path: Path) -> list:
         raise config.UserError(f"{path} is damaged: {config.one_line(error)}; make its stage again with --force, or delete the file")
 
 
+def judged_of(stage: str, out: Path) -> list:
+    """The checkpoint and the pairs that the judgements of a stage are of, as they are now."""
+    return [stages.made_by(s, out) for s in (stage, "data")]
+
+
 def read_results(out: Path) -> list:
     """The rows of the stage table, of the checkpoints judged so far: evaluate.py writes a file for each. What was judged before its checkpoint or
     the pairs were made again is left out."""
     judged = {row: stages.read_facts(out / "evaluate" / f"{row[1]}-{row[2]}.json") for row in stages.ROWS}
-    now = lambda stage: [stages.made_by(stage, out), stages.made_by("data", out)]
-    return [dict(zip(("name", "stage", "mode"), row)) | made for row, made in judged.items() if made.get("state", [])[:2] == now(row[1])]
+    return [dict(zip(("name", "stage", "mode"), row)) | made for row, made in judged.items() if made.get("state", [])[:2] == judged_of(row[1], out)]
 
 
 # ----------------------------------------------------------------------------------------------------------------- tables

@@ -91,9 +91,11 @@ def differs(run: dict, plain: dict, key: str) -> bool:
 def changed(named: dict) -> dict:
     """Of {name: run}: {WHAT: ([the runs named seedN-WHAT], [the plain ones of the same seeds])}."""
     found = {}
-    for seed, what, run in sorted(((*name.split("-", 1), run) for name, run in named.items() if "-" in name), key=lambda one: one[:2]):
-        runs, plain = found.setdefault(what, ([], []))
-        runs.append(run), plain.append(named[seed])
+    for name, run in named.items():
+        seed, _, what = name.partition("-")
+        if what:
+            runs, plain = found.setdefault(what, ([], []))
+            runs.append(run), plain.append(named[seed])
     return dict(sorted(found.items()))
 
 
