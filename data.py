@@ -109,8 +109,8 @@ def media_parts(sample: Sample) -> list:
 def build_prompt(sample: Sample, mode: str, style: str = "short", allow_tie: bool = False) -> list:
     """The user turn for one pair as content parts. `mode` "think" asks for reasoning in the format that `write_reasoning` writes and
     `parse_verdict` reads, "answer" for the bare verdict. `style` "short" only names the dimensions and the steps, which a model that
-    was trained on them understands; "full" explains them to a model that never saw the task. `allow_tie`: direct mode of generation. A sample's own text
-    (`problem`) is kept instead; in "answer" mode one that asks for <think> gets a line to leave that out."""
+    was trained on them understands; "full" explains them to a model that never saw the task. `allow_tie`: direct mode of generation. A sample's own
+    text (`problem`) is kept instead; in "answer" mode one that asks for <think> gets a line to leave that out."""
     noun, dimensions = candidate_noun(sample.task), DIMENSIONS[sample.task]
     ties = allow_tie and mode == "answer" and is_generation(sample.task)
     choices = " or ".join(f"<answer>{text}</answer>" for text in list(verdict_strings(sample.task))[: 3 if ties else 2])
