@@ -283,7 +283,7 @@ def progress(items, label: str):
         if not bar and time.time() - shown > 20:
             shown = time.time()
             left = (shown - started) / done * (len(items) - done)
-            print(f"   {label}: {done} of {len(items)}, {shown - started:.0f} s so far, about {left:.0f} s to go", flush=True)
+            print(f"   {label}: {done} of {len(items)}, {shown - started:.0f} s so far, about {left:.0f} s to go", file=sys.stderr, flush=True)
         yield item
 
 
