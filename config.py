@@ -280,7 +280,7 @@ def progress(items, label: str):
     bar, started = sys.stderr.isatty() and is_main(), time.time()
     shown = started
     for done, item in enumerate(tqdm(items, f"   {label}", leave=False, disable=not bar)):
-        if not bar and time.time() - shown > 20:
+        if not bar and is_main() and time.time() - shown > 20:
             shown = time.time()
             left = (shown - started) / done * (len(items) - done)
             print(f"   {label}: {done} of {len(items)}, {shown - started:.0f} s so far, about {left:.0f} s to go", file=sys.stderr, flush=True)

@@ -110,8 +110,11 @@ def rewards_of(text: str, sample: data.Sample, mode: str) -> dict:
 # -------------------------------------------------------------------------------------------------------- rollout and update
 
 def encode_prompts(processor, model, samples: list, own: config.GRPO) -> list:
-    """The prompts of `samples` as tensors, see model.encode."""
-    return [M.encode(processor, model, data.build_prompt(sample, own.mode), data.THINK if own.mode == "think" else "") for sample in samples]
+    """The prompts of `samples` as tensors, see model.encode; their pictures seen once for rollout, reference and update."""
+    prefix = data.THINK if own.mode == "think" else ""
+    prompts = [M.encode(processor, model, data.build_prompt(sample, own.mode), prefix) for sample in samples]
+    M.see(model, prompts)
+    return prompts
 
 
 def total_reward(rewards: dict, own: config.GRPO) -> torch.Tensor:

@@ -7,13 +7,12 @@ Checkpoints of Qwen2.5-VL, Qwen3-VL and LLaVA-OneVision run through the same lin
 
 Both share work: the prompt, which is mostly image, is run once, and its G completions on top of its key-value cache; `generate` runs
 completions as one text until they part, `completion_logprobs` runs equal ones once. `completion_logprobs(..., share_prompt=False)` is the
-plain form, one full sequence per row; the tests hold the two together.
+plain form, one full sequence per row; the tests hold the two together. What a frozen vision tower makes of a prompt they can share, too (`see`).
 """
 
 import contextlib
 import ctypes
 import functools
-import hashlib
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -47,7 +46,7 @@ BACKBONES = ("qwen2_5_vl", "qwen3_vl", "llava_onevision")
 LANGUAGE_WEIGHTS = ("model.language_model.", "lm_head.")
 VISION_WEIGHTS = ("model.visual.", "model.vision_tower.", "model.multi_modal_projector.", "model.image_newline")
 PIECE = 2**25  # logits that are in memory at a time, as scores are taken: 128 MB in fp32
-SEEN = {}  # what the pictures of files became, for each kind of image processor; every stage asks for the same files
+PATCHES = {}  # of image files, for each kind of image processor; every stage asks for the same files
 SAFE = {"trust_remote_code": False, "use_safetensors": True}  # a checkpoint is data: neither its code nor its pickles are run
 KEPT_FILES = ("processor_config.json", "video_preprocessor_config.json", "chat_template.json")  # of a real checkpoint, for other programs
 
@@ -57,7 +56,7 @@ class Processor:
     tokenizer: object
     image_processor: object
     files: dict = field(default_factory=dict)  # {name: text} of KEPT_FILES
-    seen: dict = field(default_factory=dict)  # what the pictures of files became, see `look`
+    patches: dict = field(default_factory=dict)  # of image files, see image_patches
 
     def text(self, ids) -> str:
         return self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
@@ -94,14 +93,8 @@ def load(path: str, dtype: torch.dtype | None = None, shard: bool = False) -> tu
         raise config.UserError(f"{path}: the tokenizer has {len(tokenizer)} entries and is not that of the model")
     if kind.model_type == "llava_onevision":
         model.model.register_forward_pre_hook(llava_inputs, with_kwargs=True)
-    freeze_vision(model)
-    if not shard and kind.model_type != "llava_onevision":  # what that makes of a picture depends on what else is in the prompt
-        digest = hashlib.sha256()
-        for parameter in model.model.visual.parameters():
-            digest.update(parameter.detach().flatten().view(torch.uint8).numpy())
-        model.tower = digest.hexdigest()  # see `look`
     model = spread(model, dtype) if shard else model.to("cuda" if gpu else "cpu")
-    return model.eval(), Processor(tokenizer, image_processor, files, SEEN.setdefault(image_processor.to_json_string(), {}))
+    return model.eval(), Processor(tokenizer, image_processor, files, PATCHES.setdefault(image_processor.to_json_string(), {}))
 
 
 def spread(model, dtype: torch.dtype):
@@ -148,13 +141,19 @@ def freeze_vision(model) -> None:
 # ----------------------------------------------------------------------------------------------------- prompts to tensors
 
 def image_patches(processor: Processor, path: str, tiled: bool = True) -> tuple:
-    """(patches [n, d], or tiles [n, 3, height, width]; grid [3]) of one file as its backbone takes them, fp32."""
-    image = media.read_image(path)
-    made = processor.image_processor(images=[image] if tiled else [[image] * 2], return_tensors="pt")
-    if "image_sizes" in made:  # LLaVA: tiles [n, 3, height, width], (n, height, width of the image)
-        tiles = made["pixel_values"][0]
-        return tiles, F.pad(made["image_sizes"], (1, 0), value=len(tiles))[0]
-    return made["pixel_values"], made["image_grid_thw"][0]
+    """(patches [n, d], or tiles [n, 3, height, width]; grid [3]) of one file as its backbone takes them, fp32; a gigabyte is kept, as every
+    epoch and every group asks for them again."""
+    key = path, Path(path).exists() and Path(path).stat().st_mtime_ns, media.limits.max_pixels, tiled  # a file may be written anew
+    if key not in processor.patches:
+        image = media.read_image(path)
+        made = processor.image_processor(images=[image] if tiled else [[image] * 2], return_tensors="pt")
+        if "image_sizes" in made:  # LLaVA: tiles [n, 3, height, width], (n, height, width of the image)
+            tiles = made["pixel_values"][0]
+            made = {"pixel_values": tiles, "image_grid_thw": F.pad(made["image_sizes"], (1, 0), value=len(tiles))}
+        if len(processor.patches) * made["pixel_values"].nbytes > 2**30:
+            processor.patches.clear()
+        processor.patches[key] = made["pixel_values"], made["image_grid_thw"][0]
+    return processor.patches[key]
 
 
 def encode_media(processor: Processor, part: dict, tiled: bool = True) -> tuple:
@@ -175,32 +174,6 @@ def encode_media(processor: Processor, part: dict, tiled: bool = True) -> tuple:
     return pairs.flatten(2).flatten(0, 1), torch.tensor([len(pairs), grid[1], grid[2]])
 
 
-def frozen_tower(model) -> str:
-    """Names the weights of a vision tower that does not learn; "" where its features cannot be kept."""
-    return "" if not hasattr(model, "tower") or next(model.model.visual.parameters()).requires_grad else model.tower
-
-
-def look(processor: Processor, model, part: dict, tiled: bool) -> tuple:
-    """(pictures, grid [3]) of one image or video. pictures: [patches [n, d]], or, of a vision tower that does not learn, what it makes of them:
-    [features [n, d]], with Qwen3-VL's for its first layers after them. It then sees a medium once, whatever the passes, orders, epochs and stages
-    that ask for it, and alone, so that the numbers do not depend on its company. The last gigabyte is kept."""
-    tower, files = frozen_tower(model), part.get("video", [part.get("image")])
-    changed = [Path(file).exists() and Path(file).stat().st_mtime_ns for file in files]  # a file may be written anew
-    key = part["type"], *files, *changed, media.limits.max_pixels, tiled, tower
-    if key not in processor.seen:
-        patches, grid = encode_media(processor, part, tiled)
-        pictures = [patches]
-        if tower:
-            see, device = model.get_image_features if part["type"] == "image" else model.get_video_features, device_of(model)
-            with torch.no_grad():
-                made = see(patches.to(device), grid[None].to(device), return_dict=True)
-            pictures = [layer[0].cpu() for layer in (made.pooler_output, *getattr(made, "deepstack_features", ()))]
-        if len(processor.seen) * sum(x.nbytes for x in pictures) > 2**30:
-            processor.seen.clear()
-        processor.seen[key] = pictures, grid
-    return processor.seen[key]
-
-
 def tokenize(tokenizer, text: str, plain: bool) -> list:
     """`plain`: strings such as <|im_end|> in user text are spelled out, never read as control tokens."""
     core = tokenizer.backend_tokenizer
@@ -209,8 +182,7 @@ def tokenize(tokenizer, text: str, plain: bool) -> list:
 
 
 def encode(processor: Processor, model, parts: list, prefix: str = "", response: str | None = None) -> dict:
-    """One prompt as tensors: ids [L], types [L] (0 text, 1 image, 2 video), positions [3, L]; for types 1 and 2, pictures and grids [media, 3];
-    "seen" says whether the pictures are features, see `look`.
+    """One prompt as tensors: ids [L], types [L] (0 text, 1 image, 2 video), positions [3, L]; for types 1 and 2, patches [n, d] and grids [media, 3].
 
     The chat template is rendered with a sentinel in the place of user text; template and user text are then tokenised apart, so user
     text cannot open a turn or add a placeholder. `prefix` is opened after the assistant's turn ("<think>"); `response`, for SFT, adds
@@ -219,16 +191,16 @@ def encode(processor: Processor, model, parts: list, prefix: str = "", response:
     parts = [part | {"video": media.fit_clips([part["video"]], media.limits.frames)[0]} if part["type"] == "video" else part for part in parts]
     tiled = model.config.model_type != "llava_onevision" or sum(part["type"] == "image" for part in parts) == 1
     texts, *pictures = (iter([part for part in parts if part["type"] == name]) for name in ("text", "image", "video"))
-    ids, grids, looks = [], {1: [], 2: []}, {1: [], 2: []}
+    ids, grids, patches = [], {1: [], 2: []}, {1: [], 2: []}
     for piece in rendered_template(tokenizer, tuple(part["type"] for part in parts)):
         if piece == SENTINEL:
             ids += tokenize(tokenizer, next(texts)["text"], plain=True)
         elif kind := kinds.get(piece):
             part = next(pictures[kind - 1])  # LLaVA's template shows all images before all videos
-            made, grid = look(processor, model, part, tiled)
+            patch, grid = encode_media(processor, part, tiled)
             ids += placeholders(tokenizer, model, part, piece, grid)
             grids[kind].append(grid)
-            looks[kind].append(made)
+            patches[kind].append(patch)
         else:
             ids.append(piece)
     if any(map(list, pictures)):
@@ -241,12 +213,11 @@ def encode(processor: Processor, model, parts: list, prefix: str = "", response:
         raise config.UserError(f"{len(ids)} tokens, and the model takes {most}: {[part['text'][:80] for part in parts if 'text' in part]}")
     ids, types = torch.tensor(ids), torch.tensor([kinds.get(token, 0) for token in ids])
     grids = {kind: torch.stack(found) if found else None for kind, found in grids.items()}
-    looks = {kind: [torch.cat(parts) for parts in zip(*found)] for kind, found in looks.items()}
+    patches = {kind: torch.cat(found) if found else None for kind, found in patches.items()}
     positions = torch.arange(len(ids)).expand(3, -1)
     if hasattr(model.model, "get_rope_index") and len(types.unique()) > 1:
         positions = model.model.get_rope_index(ids[None], mm_token_type_ids=types[None], image_grid_thw=grids[1], video_grid_thw=grids[2])[0][:, 0]
-    return {"ids": ids, "types": types, "positions": positions, "prompt_length": prompt_length, "grids": grids, "pictures": looks,
-            "seen": frozen_tower(model) != ""}
+    return {"ids": ids, "types": types, "positions": positions, "grids": grids, "prompt_length": prompt_length, "patches": patches}
 
 
 @functools.lru_cache(maxsize=256)
@@ -265,18 +236,34 @@ def collate(encoded: list, side: str, pad_id: int, device) -> dict:
              "attention_mask": torch.stack([pad(torch.ones_like(e["ids"]), 0) for e in encoded]),  # [B, L]
              "position_ids": torch.stack([pad(e["positions"], 0) for e in encoded], dim=1),  # [3, B, L]
              "mm_token_type_ids": torch.stack([pad(e["types"], 0) for e in encoded])}  # [B, L]
-    features = {}
+    seen = {}
     for kind, name, pixels, grid in ((1, "image", "pixel_values", "image_grid_thw"), (2, "video", "pixel_values_videos", "video_grid_thw")):
         if rows := [e for e in encoded if e["grids"][kind] is not None]:
-            made = [torch.cat(parts) for parts in zip(*(e["pictures"][kind] for e in rows))]
             batch[grid] = torch.cat([e["grids"][kind] for e in rows])
-            if rows[0]["seen"]:  # what the model's own tower would give it
-                first, *deep = ([layer.to(device, non_blocking=True)] for layer in made)
-                features[name] = BaseModelOutputWithDeepstackFeatures(pooler_output=first, deepstack_features=deep)
+            if "features" in rows[0]:  # in the place of what the model's own tower would give it
+                first, *deep = ([torch.cat(layer)] for layer in zip(*(e["features"][kind] for e in rows)))
+                seen[name] = BaseModelOutputWithDeepstackFeatures(pooler_output=first, deepstack_features=deep or None)
             else:
-                batch[pixels] = made[0]
+                batch[pixels] = torch.cat([e["patches"][kind] for e in rows])
     batch = {key: value.to(device, non_blocking=True) for key, value in batch.items()}
-    return batch | ({"mm_encoder_outputs": features} if features else {})
+    return batch | ({"mm_encoder_outputs": seen} if seen else {})
+
+
+@torch.no_grad()
+def see(model, encoded: list) -> None:
+    """Runs a vision tower that does not learn once for all passes over these prompts, in place: "features", for types 1 and 2 a list of [n, d], one
+    and with Qwen3-VL more for its first layers, stand in for "patches" from here on, for every model with the same tower. Nothing happens to
+    prompts of LLaVA-OneVision, whose features depend on the rest of the prompt, and of a model that is spread over processes."""
+    if model.config.model_type == "llava_onevision" or isinstance(model, FSDPModule) or next(model.model.visual.parameters()).requires_grad:
+        return
+    for kind in (1, 2):
+        if rows := [e for e in encoded if e["grids"][kind] is not None]:
+            patches, grids = (torch.cat([e[name][kind] for e in rows]).to(device_of(model)) for name in ("patches", "grids"))
+            made = model.get_image_features(patches, grids, return_dict=True)  # of pairs of frames, too
+            lengths = [int(e["grids"][kind].prod(1).sum()) // model.model.visual.spatial_merge_size**2 for e in rows]
+            layers = [torch.cat(layer).split(lengths) for layer in (made.pooler_output, *getattr(made, "deepstack_features", ()))]
+            for e, *layers_of_row in zip(rows, *layers):
+                e.setdefault("features", {})[kind] = layers_of_row
 
 
 # --------------------------------------------------------------------------------------------------------------- sampling

@@ -60,8 +60,6 @@ def optimizer_for(model, own, weight_decay: float = 0.0) -> torch.optim.AdamW:
         raise config.UserError("run.shard and offload exclude each other; more processes leave less to each")
     if own.freeze_vision:
         M.freeze_vision(model)
-    else:
-        model.requires_grad_(True)
     if own.gradient_checkpointing:
         model.train().activation_checkpointing_enable()  # transformers runs layers again in training mode only; none has dropout
     learning = [p for p in model.parameters() if p.requires_grad]

@@ -21,14 +21,13 @@ medians. "x2.90 [2.71-3.08]" says how many times better this code did: the media
 the end token is one that all suppress: every contestant makes the same number of tokens. An untrained model never says the same twice. A
 trained one does, and this code runs what is equal once: "trained" shows what that is worth in `small`, whose texts end where they end.
 
-"update" is a whole step: files to tensors, rollout, rewards, reference, gradient, Adam. "rollout" is what comes before the rewards, with the vision
-tower's work; "learning" is the rest. This code runs the tower once for every picture of a step and forgets it before the next; the plain loop
-and `generate` run it in every pass, on patches that are kept from step to step. Peak memory is that of a process which runs one contestant only
+"update" is a whole step: files to tensors (this code and the plain loop keep what a picture became, as grpo.run does), rollout, rewards,
+reference, gradient, Adam. "learning" is that without the rollout, which has the vision tower's work of this code. Peak memory is that of a process which runs one contestant only
 (getrusage; on a GPU torch.cuda.max_memory_allocated). "of matmul rate" is the work needed over the time taken, as a share of what one large
 square matmul reaches, measured after every turn. The work needed is counted from parameters and tokens, prompts once and completions G
 times: per token 2 FLOPs for each weight of a layer; per completion token 2 for each weight of the vocabulary's matrix; per pair of tokens
 that see each other 4 * width in each layer; per patch 2 for each weight of the vision tower. Rollout and reference take that once, the policy's
-pass three times (backward is two); the frozen tower, in the rollout, does all of its work. All contestants are held to the same need: work done twice counts as time
+pass three times (backward is two); the frozen tower is needed once, in the rollout. All contestants are held to the same need: work done twice counts as time
 lost. SFT's tokens are those of prompts and responses, without padding; the plain loop there takes 8 rows at a time as they come, and the
 model's own loss over all positions.
 """
@@ -167,7 +166,7 @@ def open_world(size: dict, out: Path) -> dict:
     model, processor = M.load(path)
     samples = data.read_samples(out / "rejection" / "wrong.jsonl")
     return {"settings": settings, "own": own, "out": out, "model": model, "processor": processor, "samples": samples,
-            "encode": lambda: grpo.encode_prompts(processor, model, samples, own),
+            "encode": lambda: [M.encode(processor, model, data.build_prompt(s, own.mode), data.THINK) for s in samples],
             "ends": bool(size["run"]),
             # An untrained model earns 0 everywhere, and every gradient would be 0: a coin stands in for the rewards.
             "coin": lambda: torch.rand(len(samples), own.group_size, generator=chance).round(),
@@ -195,41 +194,35 @@ def generated(world: dict, prompts: list, samples: int) -> torch.Tensor:
     return ids
 
 
-in_patches = lambda: patch.object(M, "frozen_tower", lambda model: "")  # the model runs its own tower, in every pass
-
-
 def step_of_generate(world: dict) -> dict:
-    with in_patches():
-        prompts, start = world["encode"](), clock()
-        generated(world, prompts, world["own"].group_size)
+    prompts, start = world["encode"](), clock()
+    generated(world, prompts, world["own"].group_size)
     return {"rollout": clock() - start}
 
 
 def step_of_general(world: dict) -> dict:
-    world["processor"].seen.clear()
-    start = clock()
+    prompts, start = world["encode"](), clock()
     with patch.object(decode, "ENABLED", False):
-        grpo.rollout(world["model"], world["processor"], world["samples"], world["own"], world["encode"]())
+        M.see(world["model"], prompts)
+        grpo.rollout(world["model"], world["processor"], world["samples"], world["own"], prompts)
     return {"rollout": clock() - start}
 
 
 def step_of_this(world: dict, plain: bool = False) -> dict:
     """One step as grpo.run makes it, or that of the plain loop. Returns seconds."""
-    model, processor, own = world["model"], world["processor"], world["own"]
+    model, processor, own, start = world["model"], world["processor"], world["own"], clock()
+    prompts = world["encode"]()
+    encoded = clock()
     if plain:
-        with in_patches():
-            prompts, start = world["encode"](), clock()
         ids = torch.cat([generated(world, [prompt] * own.group_size, 1) for prompt in prompts])
         lengths, logprobs = torch.full((len(ids),), own.max_new_tokens, device=ids.device), torch.zeros(ids.shape, device=ids.device)
         made = M.Completions(ids, lengths, logprobs, torch.ones_like(lengths))
         [grpo.rewards_of(processor.text(row), world["samples"][k // own.group_size], own.mode) for k, row in enumerate(ids)]
     else:
-        processor.seen.clear()
-        start = clock()
-        prompts = world["encode"]()
+        M.see(model, prompts)
         made, *_ = grpo.rollout(model, processor, world["samples"], own, prompts)
         assert world["ends"] or int(made.lengths.min()) == own.max_new_tokens
-    rollout = clock() - start
+    rollout = clock() - encoded
     advantages = grpo.group_advantages(world["coin"]()).to(made.ids.device)
     with patch.object(M, "completion_logprobs", functools.partial(M.completion_logprobs, share_prompt=not plain)):
         with torch.no_grad():
@@ -348,7 +341,7 @@ def needed_flops(model, prompts: list, group: int, new: int) -> dict:
     lengths, completed = [len(p["ids"]) for p in prompts], len(prompts) * group * new
     pairs = sum(n * n / 2 + group * new * (n + new / 2) for n in lengths)
     merged = count("visual.merger") / vision.spatial_merge_size**2  # which sees one row for that many patches
-    tower = 2 * sum(int(p["grids"][1].prod(1).sum()) for p in prompts) * (count("visual.patch_embed", "visual.blocks") + merged)
+    tower = 2 * sum(len(p["patches"][1]) for p in prompts) * (count("visual.patch_embed", "visual.blocks") + merged)
     forward = 2 * (sum(lengths) + completed) * count("language_model.layers") + 2 * completed * text.vocab_size * text.hidden_size
     forward += 4 * text.hidden_size * text.num_hidden_layers * pairs
     return {"rollout": tower + forward, "learning": 4 * forward}

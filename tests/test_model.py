@@ -89,7 +89,7 @@ def test_there_are_as_many_placeholders_as_merged_patches(tiny, pictures):
     made = encode(tiny, [part("image", pictures[0]), part("text", "x"), part("video", pictures[:3]), part("image", pictures[1]), part("video", pictures[:2])])
     ids, types = made["ids"], made["types"]
     assert made["grids"][1].tolist() == [[1, 6, 4], [1, 6, 4]] and made["grids"][2].tolist() == [[2, 6, 4], [1, 6, 4]]
-    assert made["pictures"][1][0].shape[0] == 2 * 24 and made["pictures"][2][0].shape[0] == 3 * 24
+    assert made["patches"][1].shape[0] == 2 * 24 and made["patches"][2].shape[0] == 3 * 24
     assert (ids == model.config.image_token_id).sum() == 2 * 6 and (ids == model.config.video_token_id).sum() == 3 * 6
     assert torch.equal(types == 1, ids == model.config.image_token_id) and torch.equal(types == 2, ids == model.config.video_token_id)
     runs = [int(k) for k, before in zip(types, [0, *types[:-1]]) if k != before and k]
@@ -296,7 +296,7 @@ def test_a_permuted_batch_has_permuted_log_probabilities(tiny, prompts, sampled)
         for kind in (1, 2):
             same_length = next(pair for pair in mixable(prompts, kind))
             one, other = (prompts[p] for p in same_length)
-            mixed = one | {"pictures": other["pictures"]}
+            mixed = one | {"patches": other["patches"]}
             rows = slice(5 * same_length[0], 5 * same_length[0] + 5)
             assert (M.completion_logprobs(*tiny, [mixed], made.ids[rows], made.lengths[rows]) - made.logprobs[rows]).abs().max() > 1e-3
 
