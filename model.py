@@ -16,6 +16,7 @@ import functools
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
@@ -28,7 +29,6 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer
 from transformers.cache_utils import Cache, DynamicLayer
 from transformers.modeling_outputs import BaseModelOutputWithPooling
-from transformers.models.qwen3_vl.modeling_qwen3_vl import BaseModelOutputWithDeepstackFeatures
 from transformers.utils import cached_file
 
 import config
@@ -242,7 +242,7 @@ def collate(encoded: list, side: str, pad_id: int, device) -> dict:
             batch[grid] = torch.cat([e["grids"][kind] for e in rows])
             if "features" in rows[0]:  # in the place of what the model's own tower would give it
                 first, *deep = ([torch.cat(layer)] for layer in zip(*(e["features"][kind] for e in rows)))
-                seen[name] = BaseModelOutputWithDeepstackFeatures(pooler_output=first, deepstack_features=deep or None)
+                seen[name] = SimpleNamespace(pooler_output=first, deepstack_features=deep)
             else:
                 batch[pixels] = torch.cat([e["patches"][kind] for e in rows])
     batch = {key: value.to(device, non_blocking=True) for key, value in batch.items()}
