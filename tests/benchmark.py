@@ -1,6 +1,6 @@
 """How fast: this code against TRL, against `generate`, and against a plain loop. Not a test; pytest does not collect it.
 
-    python tests/benchmark.py                      all tables (half an hour on 2 fast cores, an hour on slow ones)
+    python tests/benchmark.py                      all tables (over half an hour on 2 cores)
     python tests/benchmark.py --quick              the small size only, few rounds, and processes
     python tests/benchmark.py --only small group   some of: small trained 10m long layers group prompt processes
     python tests/benchmark.py --real 3b            on a GPU: a Qwen2.5-VL of the real shape (3b or 7b) with random weights
@@ -22,14 +22,14 @@ the end token is one that all suppress: every contestant makes the same number o
 trained one does, and this code runs what is equal once: "trained" shows what that is worth in `small`, whose texts end where they end.
 
 "update" is a whole step: files to tensors (this code and the plain loop keep what a picture became, as grpo.run does), rollout, rewards,
-reference, gradient, Adam. "learning" is that without the rollout, which has the vision tower's work of this code. Peak memory is that of a process which runs one contestant only
-(getrusage; on a GPU torch.cuda.max_memory_allocated). "of matmul rate" is the work needed over the time taken, as a share of what one large
-square matmul reaches, measured after every turn. The work needed is counted from parameters and tokens, prompts once and completions G
-times: per token 2 FLOPs for each weight of a layer; per completion token 2 for each weight of the vocabulary's matrix; per pair of tokens
-that see each other 4 * width in each layer; per patch 2 for each weight of the vision tower. Rollout and reference take that once, the policy's
-pass three times (backward is two); the frozen tower is needed once, in the rollout. All contestants are held to the same need: work done twice counts as time
-lost. SFT's tokens are those of prompts and responses, without padding; the plain loop there takes 8 rows at a time as they come, and the
-model's own loss over all positions.
+reference, gradient, Adam. "learning" is that without the rollout, which has the vision tower's work of this code. Peak memory is that of a
+process which runs one contestant only (getrusage; on a GPU torch.cuda.max_memory_allocated). "of matmul rate" is the work needed over the
+time taken, as a share of what one large square matmul reaches, measured after every turn. The work needed is counted from parameters and
+tokens, prompts once and completions G times: per token 2 FLOPs for each weight of a layer; per completion token 2 for each weight of the
+vocabulary's matrix; per pair of tokens that see each other 4 * width in each layer; per patch 2 for each weight of the vision tower. Rollout
+and reference take that once, the policy's pass three times (backward is two); the frozen tower is needed once, in the rollout. All contestants
+are held to the same need: work done twice counts as time lost. SFT's tokens are those of prompts and responses, without padding; the plain
+loop there takes 8 rows at a time as they come, and the model's own loss over all positions.
 """
 
 import argparse
