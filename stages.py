@@ -161,11 +161,20 @@ def join_processes() -> None:
         sys.stdout = open(os.devnull, "w")
 
 
+def leave(code: int) -> None:
+    """Ends this process. One of several goes without Python's tidying up: gloo's threads (FSDP keeps them alive beyond destroy_process_group) let go
+    of tensors when they come to it, and in the middle of tidying up that aborts the process (pytorch/pytorch issue 190489)."""
+    if world()[1] == 1:
+        sys.exit(code)
+    sys.stdout.flush()
+    os._exit(code)
+
+
 def give_up(error: str) -> None:
     """Ends this process; torchrun then ends the others. What several processes meet is said once, by the first."""
     if world()[1] == 1 or distributed().distributed_c10d._get_default_store().add(error, 1) == 1:
         print(f"error: {error}", file=sys.stderr, flush=True)
-    sys.exit(2)
+    leave(2)
 
 
 def main(default_stage: str, commands=()) -> None:
@@ -177,12 +186,13 @@ def main(default_stage: str, commands=()) -> None:
     try:
         join_processes()
         commands[arguments[0]](arguments[1:]) if arguments and arguments[0] in commands else run_stages(default_stage, arguments, commands)
-        if world()[1] > 1:  # unasked, the threads of gloo may abort a process that exits
+        if world()[1] > 1:
             wait_for_all()
             distributed().destroy_process_group()
+            leave(0)
     except KeyboardInterrupt:
         print("" if not is_main() else f"\ninterrupted{after}" + " without --force" * ("--force" in arguments), file=sys.stderr, flush=True)
-        sys.exit(130)
+        leave(130)
     except (UserError, OSError, MemoryError, RuntimeError, SafetensorError, UnicodeEncodeError) as error:
         said = str(error) or type(error).__name__
         if isinstance(error, (RuntimeError, MemoryError)):  # torch has no other word for these two
