@@ -294,7 +294,7 @@ def one_line(text) -> str:
 
 # --------------------------------------------------------------------------------------------------------------- processes
 
-distributed = lambda: importlib.import_module("torch.distributed")  # torch is imported late: --help and a mistyped setting answer at once
+distributed = lambda: importlib.import_module("torch.distributed")  # torch late: data.py and report.py answer at once
 is_main = lambda: world()[0] == 0  # under torchrun only the first process writes files and prints
 wait_for_all = lambda: gather([])  # what one process has written is there for all from here on
 

@@ -92,7 +92,7 @@ def plan(targets: list, settings: Settings) -> list:
 
 def begin(stage: str, settings: Settings, folder: Path, again: str, anew: bool) -> None:
     """Readies the folder of a stage. What was stopped is gone on with, if it is made of the same; else all goes, but for replies of a server."""
-    import torch  # late: --help and a mistyped setting answer at once
+    import torch  # late, see config.distributed
 
     threads = torch.get_num_threads()
     facts = made_of(stage, settings, folder.parent) | {"processes that share the weights": world()[1] if settings.run.shard else 1}

@@ -17,7 +17,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-os.environ["HF_HUB_OFFLINE"] = "1"  # a name that is no folder is not looked for on the net
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
@@ -27,6 +26,7 @@ import torch
 from PIL import Image
 
 import config
+import conftest  # no net, as a script too
 import media
 import stages
 
