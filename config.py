@@ -1,7 +1,7 @@
 """The settings, and the small tools that every script shares: files written whole or not at all, and the work of several processes.
 
-A settings file, configs/NAME.toml, has one section per stage and states only what differs from the paper's values, which are the defaults
-below; `--section.key value` on the command line goes before it.
+A settings file, configs/NAME.toml, has one section per stage and states only what differs from the defaults below, which are the paper's where
+it states a value (but for the sizes of the small world); `--section.key value` on the command line goes before it.
 """
 
 import dataclasses
@@ -32,7 +32,7 @@ def setting(default, meaning: str, shapes: bool = True, allowed=None):
 
 
 def shaping(section) -> dict:
-    """The settings that can change what a stage makes, in more than the last bits of a sum; a new value of another makes no stage stale."""
+    """The settings that can change what a stage makes, in more than the last bits of a sum; no stage is run again for a change of the others."""
     return {f.name: getattr(section, f.name) for f in dataclasses.fields(section) if f.metadata["shapes"]}
 
 

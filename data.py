@@ -36,7 +36,7 @@ DIMENSIONS = {  # paper, section 3.1: what each task is judged on, every dimensi
     "video_understanding": ("semantic accuracy", "correctness", "clarity"),
 }
 TASKS = tuple(DIMENSIONS)
-FLIP = {1: 2, 2: 1}  # a verdict, of the same pair in the other order; no other changes
+FLIP = {1: 2, 2: 1}  # the verdict on the same pair in the other order; a tie (0) and what is unreadable (None) stay
 is_video = lambda task: task.startswith("video")
 is_generation = lambda task: task.endswith("generation")
 
@@ -273,19 +273,19 @@ def from_text(text: str, files: list) -> list:
     return parts
 
 
-def sample_row(sample: Sample, mode: str = "think") -> dict:
+def sample_row(sample: Sample) -> dict:
     """The official GRPO row of a sample, with the sample's own parts beside it."""
-    problem, files = to_text(build_prompt(sample, mode))
+    problem, files = to_text(build_prompt(sample, "think"))
     row = {"id": sample.id, "task": sample.task, "problem": problem, "images": files} | ({} if sample.problem else {"prompt": sample.prompt})
     if sample.label is not None:
         row["solution"] = f"<answer>{verdict_string(sample.task, sample.label)}</answer>"
     return row | {key: getattr(sample, key) for key in ("answers", "scores", "reasons", "response") if getattr(sample, key)}
 
 
-def sft_row(sample: Sample, mode: str, response: str) -> dict:
+def sft_row(sample: Sample, response: str) -> dict:
     """The official SFT row: the prompt of `sample` and the text the model is to learn."""
-    row = sample_row(replace(sample, response=""), mode)
-    return row | {"mode": mode, "conversations": [{"from": "human", "value": row.pop("problem")}, {"from": "gpt", "value": response}]}
+    row = sample_row(replace(sample, response=""))
+    return row | {"mode": "think", "conversations": [{"from": "human", "value": row.pop("problem")}, {"from": "gpt", "value": response}]}
 
 
 def row_sample(row: dict, root: Path) -> Sample:
@@ -366,9 +366,8 @@ def run(stage: str, settings: config.Settings, out: Path) -> str:
     """Reads each split from its sources, or draws it: the small world, whose two further tests go along with its own only."""
     import shapes  # here, because the small world itself is written in this file's terms
 
-    counts = {}
-    for split in ["distill", "pool", "test"] + ["heldout", "ties"] * (not settings.data.test):
-        counts |= write_sources(split, settings, out) if getattr(settings.data, split, "") else shapes.draw_split(split, settings, out)
+    splits = ["distill", "pool", "test"] + ["heldout", "ties"] * (not settings.data.test)
+    counts = {split: (write_sources if getattr(settings.data, split, "") else shapes.draw_split)(split, settings, out) for split in splits}
     return ", ".join(f"{split} {count}" for split, count in counts.items()) + " pairs"
 
 
@@ -406,8 +405,8 @@ def usable(row: dict, folder: Path, own: config.Data) -> Sample:
     return sample
 
 
-def write_sources(split: str, settings: config.Settings, out: Path) -> dict:
-    """Reads the mix of sources of a split into out/SPLIT.jsonl; returns {split: pairs}. Reasoning is a forced choice: ties are left out."""
+def write_sources(split: str, settings: config.Settings, out: Path) -> int:
+    """Reads the mix of sources of a split into out/SPLIT.jsonl; returns the number of pairs. Reasoning is a forced choice: ties are left out."""
     own, rng, bad, samples = settings.data, random.Random(f"{settings.run.seed}/{split}"), [], []
     for source in filter(None, map(str.strip, getattr(own, split).split(","))):
         path, strategy = re.fullmatch(r"(.+?)(?:@(all|(?:first|end|random):[0-9]+|[0-9]+%))?", source).groups("all")
@@ -424,7 +423,7 @@ def write_sources(split: str, settings: config.Settings, out: Path) -> dict:
     for number, sample in enumerate(kept):
         sample.id = f"{split}-{number:06d}-{sample.id}".removesuffix("-")  # judgements are kept by id: no two may be alike
     write_jsonl(out / f"{split}.jsonl", map(sample_row, kept))
-    return {split: len(kept)}
+    return len(kept)
 
 
 if __name__ == "__main__":

@@ -73,7 +73,7 @@ def run(stage: str, settings: config.Settings, folder: Path) -> str:
     for sample, reply in zip(samples, replies):
         text = reply["text"].strip()
         reason = UNFINISHED.get(reply["finish"]) or why_dropped(text, sample)
-        row = data.sft_row(sample, "think", text)
+        row = data.sft_row(sample, text)
         kept.append(row) if reason is None else dropped.append(row | {"dropped": reason})
     data.write_jsonl(folder / "kept.jsonl", kept)
     data.write_jsonl(folder / "dropped.jsonl", dropped)

@@ -2,23 +2,23 @@
 
 Paper, section 4.3. For each prompt sample G completions y_1..y_G from the policy, reward each, and compare within the group:
 
-    R_i   = format (0/1) + accuracy (0/1)                                     each with its weight; more of them in rewards_of
+    R_i   = format (0/1) + accuracy (0/1)                                     each with its weight (total_reward); more in rewards_of
     A_i   = (R_i - mean R) / (std R + 1e-4)                                   unbiased std over the group
     rho_t = pi(y_t) / pi_old(y_t)
     loss  = mean over rollouts, mean over tokens, of  -(min(rho_t A, clip(rho_t, 1-eps, 1+eps) A) - beta KL_t)
     KL_t  = exp(d) - d - 1,   d = log pi_ref(y_t) - log pi(y_t)               (k3; reference = the model entering the stage)
 
 The value of this loss says nothing: with one update per rollout rho = 1, the advantages of a group sum to zero, and the loss is beta
-times a tiny KL (only weighed by lengths, as `normalise` token and constant do, the advantages leave something). Its *gradient* is that of
-REINFORCE with the group's mean as baseline. Watch the rewards instead.
+times a tiny KL (with `normalise` token or constant longer completions weigh more, and the advantages do not quite cancel). Its *gradient* is
+that of REINFORCE with the group's mean as baseline. Watch the rewards instead.
 
 Departures from the paper, all off unless the settings say so: pairs are shown in either order (random_order); rewards for sums that add up and
 a verdict that follows from them (consistency_weight) and for right scores (dimension_weight); accuracy that counts only with the former (gated);
 the SFT loss of some of the base's exercises, added to this one (replay, as InstructGPT's PPO-ptx, arXiv 2203.02155).
 Departures from the official code: (1) denominators are those of the whole update, fixed before the micro-batch loop. (2) A group of
 equal rewards gets advantages of exactly 0. (3) The format reward wants the whole text to match: nothing after </answer>. (4)
-Log-probabilities are those of the distribution that was sampled. (5) The prompt is run once per group. So is what
-its completions begin with in common, in the rollout, and a completion that occurs several times, in reference and update.
+Log-probabilities are those of the distribution that was sampled. (5) The prompt is run once per group. In the
+rollout, completions are also run as one text until they differ; in reference and update, equal completions are run once.
 
     python grpo.py --config small
 """
@@ -45,7 +45,7 @@ def group_advantages(rewards: torch.Tensor, scale_by_std: bool = True, eps: floa
     A group of equal rewards gets exactly 0: in fp32 the mean of eight equal numbers need not be that number, and the residue divided
     by a small eps would be noise in every token's gradient."""
     advantages = rewards - rewards.mean(1, keepdim=True)
-    if scale_by_std and rewards.shape[1] > 1:
+    if scale_by_std:
         advantages = advantages / (rewards.std(1, keepdim=True) + eps)
     return advantages.masked_fill((rewards == rewards[:, :1]).all(1, keepdim=True), 0.0)
 
@@ -54,10 +54,7 @@ def kl_estimate(logprobs: torch.Tensor, ref_logprobs: torch.Tensor, kind: str = 
     """Per-token estimate of KL(pi || pi_ref) from tokens sampled from pi (Schulman's k1, k2, k3), d = log pi_ref - log pi.
     k1 = -d is unbiased but its gradient has mean zero; k2 = d^2/2; k3 = exp(d) - d - 1 is unbiased and never negative."""
     d = ref_logprobs - logprobs
-    kinds = {"k1": -d, "k2": d.square() / 2, "k3": d.exp() - d - 1}
-    if kind not in kinds:
-        raise ValueError(f"kl is k1, k2 or k3, not {kind!r}")
-    return kinds[kind]
+    return {"k1": -d, "k2": d.square() / 2, "k3": d.exp() - d - 1}[kind]
 
 
 def grpo_loss(logprobs, old_logprobs, ref_logprobs, advantages, completion_mask, clip_low: float = 0.2, clip_high: float = 0.2,
@@ -80,14 +77,9 @@ def grpo_loss(logprobs, old_logprobs, ref_logprobs, advantages, completion_mask,
     if beta:
         kl_t = kl_estimate(logprobs.masked_fill(~mask, 0.0), ref_logprobs.masked_fill(~mask, 0.0), kl)
     per_token = (beta * kl_t - objective) * mask
-    if normalise == "rollout":
-        loss = (per_token.sum(1) / lengths.clamp(min=1)).sum() / rollouts
-    elif normalise == "token":
-        loss = per_token.sum() / tokens
-    elif normalise == "constant":
-        loss = per_token.sum() / (rollouts * (max_length or mask.shape[1]))
-    else:
-        raise ValueError(f"normalise is rollout, token or constant, not {normalise!r}")
+    loss = {"rollout": (per_token.sum(1) / lengths.clamp(min=1)).sum() / rollouts,
+            "token": per_token.sum() / tokens,
+            "constant": per_token.sum() / (rollouts * (max_length or mask.shape[1]))}[normalise]
     with torch.no_grad():
         outside = ((ratio < 1 - clip_low) & (advantages[:, None] < 0)) | ((ratio > 1 + clip_high) & (advantages[:, None] > 0))
         metrics = {"kl": ((kl_t * mask).sum() / tokens).item(), "clip_share": ((outside & mask).sum() / tokens).item(),
@@ -99,11 +91,12 @@ def grpo_loss(logprobs, old_logprobs, ref_logprobs, advantages, completion_mask,
 
 def rewards_of(text: str, sample: data.Sample, mode: str) -> dict:
     """The rewards of one completion, each from 0 to 1, kept apart so that they can be logged apart. Format and accuracy are the paper's; consistency
-    asks for sums that add up and a verdict that follows from them; dimension is the share of scores that are right, 0 where no truth is known."""
+    asks for sums that add up and a verdict for the larger (not for every dimension, and never for a tie, which is not offered and would be paid for
+    without a choice); dimension is the share of scores that are right."""
     verdict = data.parse_verdict(text, sample.task)
     format_ok = verdict.format_ok if mode == "think" else bool(re.fullmatch(r"<answer>[^<]*</answer>", text))
     accurate = verdict.answer is not None and verdict.answer == sample.label
-    return {"format": float(format_ok), "accuracy": float(accurate), "consistency": float(verdict.consistent),
+    return {"format": float(format_ok), "accuracy": float(accurate), "consistency": float(verdict.consistent and verdict.answer != 0),
             "dimension": data.share_right(verdict.scores, sample.scores) or 0.0}
 
 
@@ -192,7 +185,7 @@ def run(stage: str, settings: config.Settings, folder: Path) -> str:
     optimizer = optimizer_for(model, own)
     turn = lambda sample, rng: sample.swapped() if own.random_order and sample.turns and rng.random() < 0.5 else sample
     drawn = batches(samples, own.prompts_per_step, f"{settings.run.seed}/{stage}", turn)
-    practice = practice_examples(stage, settings, folder, replay * own.steps, without="compare") if replay else []  # see sft.run
+    practice = practice_examples(stage, settings, folder, replay * own.steps) if replay else []
     drawn = zip(drawn, batches(practice, replay, f"{settings.run.seed}/{stage}/replay"))
     # One batch a step, whatever the step does with it: a run that goes on after a stop skips as many as there were steps.
     for step, (batch, replayed) in steps_to_go(drawn, own.steps, stage, folder, model, optimizer, own.save_minutes):
@@ -213,8 +206,9 @@ def run(stage: str, settings: config.Settings, folder: Path) -> str:
                                           for k, *piece in pieces])
         clock.append(time.time())
         optimizer.param_groups[0]["lr"] = rate = learning_rate(step, own.steps, own.lr, own.warmup)
-        for _ in range(own.updates_per_rollout):
-            metrics = update(model, processor, optimizer, prompts, made, config.share(advantages), ref_logprobs, own, replayed)
+        updates = [update(model, processor, optimizer, prompts, made, config.share(advantages), ref_logprobs, own, replayed)
+                   for _ in range(own.updates_per_rollout)]
+        metrics = updates[-1] | {"skipped": sum(one["skipped"] for one in updates)}
         clock.append(time.time())
         means = {f"reward_{name}": reward.mean().item() for name, reward in rewards.items()}
         row = {"step": step + 1, "reward": total.mean().item()} | means | metrics | {
@@ -233,7 +227,7 @@ def run(stage: str, settings: config.Settings, folder: Path) -> str:
     M.save(model, processor, folder)
     config.wait_for_all()  # all rows are there
     rewards = [row["reward_accuracy"] for row in data.read_jsonl(folder / "metrics.jsonl")]
-    span = max(1, min(own.steps // 2, round(len(samples) / own.prompts_per_step)))  # a pass over the samples: the same prompts before and after
+    span = max(1, min(own.steps // 2, round(len(samples) / own.prompts_per_step)))  # as many steps as a pass takes, from either end
     first, last = (sum(some) / span for some in (rewards[:span], rewards[-span:]))
     return (f"{own.steps} steps of {own.prompts_per_step} x {own.group_size} completions on {len(samples)} samples; "
             f"accuracy reward {first:.2f} in the first {span} steps, {last:.2f} in the last {span}")

@@ -14,15 +14,17 @@ import config
 
 @torch.no_grad()
 def keep(folder: Path, name: str, step: int, optimizer) -> None:
-    """Writes what was learnt in `step` steps, Adam's moments and the lengths of the stage's logs, then deletes the state before. No random state
-    is needed: all that is drawn comes from seed, stage, step and prompt. Of sharded weights each process writes its part, the first one last."""
+    """Writes what was learnt in `step` steps, Adam's moments, the lengths of the stage's logs and how many steps in a row were skipped, then
+    deletes the state before. No random state is needed: all that is drawn comes from seed, stage, step and prompt. Of sharded weights each
+    process writes its part, the first one last."""
     learning, rank = optimizer.param_groups[0]["params"], config.world()[0]
     sharded = isinstance(learning[0], DTensor)
     for turn in (rank > 0, rank == 0):
         if turn and (sharded or rank == 0):
             logs = {log.name: config.flush(log) for log in folder.glob("*.jsonl")}
             moments = [{key: local(value) for key, value in optimizer.state[p].items()} for p in learning]
-            state = {"logs": logs, "learnt": [local(p.detach()) for p in learning], "moments": moments}
+            state = {"logs": logs, "learnt": [local(p.detach()) for p in learning], "moments": moments,
+                     "skipped": optimizer.param_groups[0].get("skipped", 0)}
             config.write_file(folder / f"{name}.{step}.{rank}.state", lambda stream: torch.save(state, stream))
         config.wait_for_all()
     for file in set(folder.glob(f"{name}.*.{rank}.state")) - {folder / f"{name}.{step}.{rank}.state"}:
@@ -41,6 +43,7 @@ def restore(folder: Path, name: str, model, optimizer) -> int:
         learning = optimizer.param_groups[0]["params"]
         rank = config.world()[0] if isinstance(learning[0], DTensor) else 0
         state = torch.load(folder / f"{name}.{step}.{rank}.state", map_location="cpu", weights_only=True, mmap=True)
+        optimizer.param_groups[0]["skipped"] = state["skipped"]
         for p, value, moments in zip(learning, state["learnt"], state["moments"]):
             local(p).copy_(value)
             optimizer.state[p] = {key: torch.zeros_like(moment if key == "step" else p) for key, moment in moments.items()}

@@ -171,15 +171,16 @@ def train(model, processor, examples: list, settings: config.SFT, folder: Path, 
 
 # ----------------------------------------------------------------------------------------------------------------- stages
 
-def practice_examples(stage: str, settings: config.Settings, folder: Path, count: int, without: str = "") -> list:
-    """`count` of the base's exercises, but for one kind, drawn afresh under folder/replay: a shipped base does not bring its practice along."""
+def practice_examples(stage: str, settings: config.Settings, folder: Path, count: int) -> list:
+    """`count` of the base's exercises, drawn afresh under folder/replay: a shipped base does not bring its practice along. Later stages get no
+    comparisons, which close the think block without a verdict: replayed, they would keep the other tasks from the format."""
     from base.pretrain import write_practice
 
-    few = 8  # of which all might be `without`
-    write_practice(folder / "replay", max(count, few), 2, 0, random.Random(f"{settings.run.seed}/{stage}/replay"))
+    write_practice(folder / "replay", max(count, 8), 2, 0, random.Random(f"{settings.run.seed}/{stage}/replay"))  # a few might all be comparisons
     config.wait_for_all()
     file = folder / "replay" / "practice.jsonl"
-    return [example for row, example in zip(data.read_jsonl(file), data.read_conversations(file)) if row["kind"] != without][:count]
+    rows = zip(data.read_jsonl(file), data.read_conversations(file))
+    return [example for row, example in rows if stage == "base" or row["kind"] != "compare"][:count]
 
 
 def start_and_examples(stage: str, settings: config.Settings, out: Path) -> tuple:
@@ -200,8 +201,7 @@ def run(stage: str, settings: config.Settings, folder: Path) -> str:
         return importlib.import_module("base.pretrain").build_base(settings, folder)
     start, examples = start_and_examples(stage, settings, folder.parent)
     count = round(own.replay * len(examples))
-    # Comparisons close the think block without a verdict: replayed, they would keep the other tasks from the format.
-    replayed = practice_examples(stage, settings, folder, count, without="compare") if count else []
+    replayed = practice_examples(stage, settings, folder, count) if count else []
     model, processor = M.load(start, shard=settings.run.shard)
     train(model, processor, examples + replayed, own, folder, f"{settings.run.seed}/{stage}", stage)
     M.save(model, processor, folder)

@@ -249,11 +249,11 @@ def write_split(folder, split: str, plan: list, pool: list, rng: random.Random) 
     return made
 
 
-def draw_split(split: str, settings: config.Settings, folder) -> dict:
-    """One split of the small world (distill, pool, test, heldout or ties) as settings.data asks for it; returns {split: pairs}."""
+def draw_split(split: str, settings: config.Settings, folder) -> int:
+    """One split of the small world (distill, pool, test, heldout or ties) as settings.data asks for it; returns the number of pairs."""
     taught = TASKS if settings.data.distill_tasks == "all" else ("image_generation",)
     tasks = {"distill": taught, "ties": PAIRED}.get(split, TASKS)
     count = getattr(settings.data, f"{'tie' if split == 'ties' else split}_pairs") // (len(tasks) if split == "distill" else 1)
     plan = [(task, split == "ties" and k < count / 3) for task in tasks for k in range(count)]
     write_split(folder, split, plan, ALL if split == "heldout" else SEEN, random.Random(f"{settings.run.seed}/{split}"))
-    return {split: len(plan)}
+    return len(plan)

@@ -1,7 +1,7 @@
 """The base: a small Qwen2.5-VL trained from random weights, which stands for the pretrained UnifiedReward that the paper starts from.
 
 What it learns is written here: single skills on all four tasks, and direct answers, never a whole chain of thought. The result is shipped in
-configs/small-base, so nobody has to run this; to do so takes an hour and three quarters on two cores:
+configs/small-base (made in two goes, see results/README.md), so nobody has to run this; it takes about an hour and three quarters on two cores:
 
     OMP_NUM_THREADS=1 torchrun --nproc-per-node 2 sft.py --config small --stage base --base.rebuild true
 """

@@ -120,7 +120,8 @@ def mcnemar(first: int, second: int) -> float:
 
 def compare(options) -> None:
     """Two results over the same pairs: the difference of accuracies with its paired bootstrap interval, and exact McNemar on the pairs that
-    one of them judged better (where both orders were judged a pair can be half right, and this is the sign test)."""
+    one of them judged better (where both orders were judged a pair can be half right, and this is the sign test). Of a run with several splits
+    "all" and the tasks are those of its test split, as in its table."""
     read = lambda row, _: row | {key: row[key] for key in ("task", "id", "swapped", "label", "answer")}  # else it is no file of judgements
     both = [data.read_rows(Path(name).with_suffix(".jsonl"), read) for name in options.results]
     one, two = ({(row["task"], row["id"], row["swapped"], row["label"]) for row in rows} for rows in both)
@@ -129,7 +130,8 @@ def compare(options) -> None:
     print(f"A {options.results[0]}\nB {options.results[1]}\n{'%':<22}  pairs       A       B   B - A    95% interval  A only  B only         p")
     scopes = [(key, name) for key in ("task", "group", "split") for name in sorted({row.get(key, "") for row in both[0]} - {""})]
     for key, name in [("", "all")] + scopes:
-        a, b = (np.array([score for _, score in sorted(pair_scores([r for r in rows if r.get(key, "all") == name]).items())]) for rows in both)
+        counts = lambda row: row.get(key, "all") == name and (key == "split" or row.get("split", "test") == "test")
+        a, b = (np.array([score for _, score in sorted(pair_scores(filter(counts, rows)).items())]) for rows in both)
         span, worse, better = "[{low:+.1f}, {high:+.1f}]".format_map(interval(100 * (b - a))), int((b < a).sum()), int((b > a).sum())
         print(f"{name:<22}{len(a):>7}{percent(a.mean()):>8}{percent(b.mean()):>8}{100 * (b - a).mean():>+8.1f}"
               f"{span:>16}{worse:>8}{better:>8}{mcnemar(worse, better):>10.3g}")

@@ -129,7 +129,7 @@ def make_world(size: dict, out: Path) -> None:
     shapes.write_split(out / "rejection", "wrong", [("image_generation", False)] * size["prompts"], shapes.SEEN, rng)
     shapes.write_split(out, "mixed", [(task, False) for task in data.TASKS for _ in range(size["sft"] // 4 or 1)], shapes.SEEN, rng)
     samples, mixed = data.read_samples(out / "rejection" / "wrong.jsonl"), data.read_samples(out / "mixed.jsonl")
-    data.write_jsonl(out / "sft.jsonl", (data.sft_row(s, "think", written(s)) for s in mixed))
+    data.write_jsonl(out / "sft.jsonl", (data.sft_row(s, written(s)) for s in mixed))
     tokenizer = pretrain.train_tokenizer([pretrain.all_text((data.build_prompt(s, "think"), written(s))) for s in samples + mixed], 640)
     tokenizer.eos_token = M.VISION[1]  # never sampled, so no text ends early
     torch.manual_seed(0)

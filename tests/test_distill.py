@@ -525,6 +525,20 @@ def test_a_benchmark_and_a_pair_are_judged_by_a_server_of_any_model(samples, ser
     assert "verdict: Answer 1 is better" in capsys.readouterr().out and len(server.seen) == 4
 
 
+def test_a_pair_is_decided_by_both_orders_in_the_numbering_given(samples, serve, tmp_path):
+    given = [s for s in samples if data.is_generation(s.task)][:5]
+    said = {s.id: replies for s, replies in zip(given, [(1, 2), (2, 1), (1, 1), (2, None), (None, None)])}  # shown as given, shown turned
+    def reply(attempt, shown, body):
+        answer = said[shown.id][shown not in given]
+        return completion(f"<think>x</think>\n<answer>{data.verdict_string(shown.task, answer) if answer else 'neither'}</answer>")
+
+    server = serve(given + [s.swapped() for s in given], reply)
+    made = evaluate.judge_pairs({"url": server.url, "model": "m", "file": tmp_path / "replies.jsonl"}, None, given)
+    assert [row["answer"] for row in made] == [1, 2, 0, 2, None] and len(server.seen) == 10
+    assert [row["margin"] for row in made] == [1, -1, 0, -0.5, 0]
+    assert [row["votes"] for row in made[1:4]] == [{1: 0, 2: 2, 0: 0, None: 0}, {1: 1, 2: 1, 0: 0, None: 0}, {1: 0, 2: 1, 0: 0, None: 1}]
+
+
 @pytest.mark.parametrize("change, said", [(dict(base_url="localhost:8000/v1"), "http"), (dict(base_url="http://[::1"), "http"),
                                           (dict(base_url=""), "http"), (dict(key_variable="ODD_KEY"), "ODD_KEY")])
 def test_an_address_or_a_key_that_cannot_work_is_said_before_anything_is_sent(run_folder, serve, monkeypatch, change, said):

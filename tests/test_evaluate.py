@@ -333,6 +333,18 @@ def result(path: Path, rights: list, **more) -> Path:
     return path
 
 
+def test_compare_counts_the_test_split_alone_in_all_and_in_the_tasks(tmp_path, capsys):
+    """So they are the table's figures; ties, which a thinking judge is not offered, and pairs never trained on have lines of their own."""
+    rights = {"a": {"test": [2, 2, 1, 0], "ties": [0] * 6}, "b": {"test": [2, 2, 2, 2], "ties": [0] * 6}}
+    for name, splits in rights.items():
+        rows = [row | {"id": split + row["id"]} for split, some in splits.items()
+                for row in data.read_jsonl(result(tmp_path / "part.json", some, split=split).with_suffix(".jsonl"))]
+        data.write_jsonl(tmp_path / f"{name}.jsonl", rows)
+    run("compare", tmp_path / "a.json", tmp_path / "b.json")
+    cells = [line.split()[:4] for line in capsys.readouterr().out.splitlines()[-4:]]
+    assert cells == [["all", "4", "62.5", "100.0"], ["image_generation", "4", "62.5", "100.0"], ["test", "4", "62.5", "100.0"], ["ties", "6", "0.0", "0.0"]]
+
+
 def test_compare_reports_difference_and_discordant_pairs(tmp_path, capsys):
     rng = random.Random(0)
     a, b = [rng.choice([0, 1, 2]) for _ in range(60)], [rng.choice([0, 2, 2]) for _ in range(60)]
@@ -361,16 +373,12 @@ def test_compare_refuses_different_pairs(tmp_path):
 # ------------------------------------------------------------------------------------------------------------------ judge
 
 
-def test_judge_on_the_command_line_prints_reasoning_table_and_verdict(world, samples):
+def test_judge_on_the_command_line_prints_reasoning_table_and_verdict(samples, capsys):
     sample = next(s for s in samples if s.task == "image_generation")
-    line = [sys.executable, "evaluate.py", "judge", "--model", BASE, "--task", sample.task, "--prompt", sample.prompt]
-    line += ["--max-new-tokens", "160", *sample.media]
-    done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert done.stdout.startswith("<think>") and "Image 1   Image 2" in done.stdout and done.stdout.splitlines()[-1].startswith("verdict: ")
-    assert done.stderr.splitlines()[-1] == f"model: {BASE} (short prompts)"
-    done = subprocess.run([*line[:-1]], cwd=ROOT, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 2 and done.stderr.startswith("error: ") and len(done.stderr.splitlines()) == 1 and "got 1 files" in done.stderr
+    run("judge", "--model", BASE, "--task", sample.task, "--prompt", sample.prompt, "--max-new-tokens", 160, *sample.media)
+    out, err = capsys.readouterr()
+    assert out.startswith("<think>") and "Image 1   Image 2" in out and out.splitlines()[-1].startswith("verdict: ")
+    assert err.splitlines()[-1] == f"model: {BASE} (short prompts)"
 
 
 def test_judge_json_has_votes_of_both_orders_in_the_numbering_given(pictures, capsys):
@@ -403,9 +411,6 @@ def test_judge_pairs_is_batched_and_turns_scores_of_the_swapped_order_back(base,
             assert row["totals"] == {at(k): total for k, total in verdict.totals.items()}
             assert row["margin"] == (row["totals"][1] - row["totals"][2] if len(row["totals"]) == 2 else None)
             turned += row["swapped"] and bool(verdict.scores)
-        answers = [row["answer"] for row in (given, swapped)]
-        lead = answers.count(1) - answers.count(2)
-        assert result["answer"] == (1 if lead > 0 else 2 if lead < 0 else None if answers == [None, None] else 0)
     assert turned
 
 
@@ -455,10 +460,7 @@ def test_video_understanding_takes_a_folder_or_the_frames(tmp_path, capsys, as_f
 
 
 @pytest.mark.parametrize("arguments, says", [
-    (["--task", "image_generation", "nowhere.png", "nowhere.png"], "nowhere.png"),
     (["--task", "image_generation", __file__, __file__], "cannot identify image"),
-    (["--task", "images", "A", "B"], "invalid choice: 'images'"),
-    (["--task", "image_generation", "A"], "got 1 files"),
     (["--task", "image_generation", "A", "B", "A"], "--rank"),
     (["--task", "image_generation", "--answer", "x", "A", "B"], "1 answers"),
     (["--task", "image_understanding", "--answer", "x", "A"], "1 answers"),
@@ -466,8 +468,6 @@ def test_video_understanding_takes_a_folder_or_the_frames(tmp_path, capsys, as_f
     (["--task", "image_generation", "--model", "no/such/folder", "A", "B"], "no/such/folder"),
     (["--task", "image_generation", "--prompt-file", "nowhere.txt", "A", "B"], "nowhere.txt"),
     (["--task", "image_generation", "--votes", "many", "A", "B"], "invalid int value"),
-    (["--task", "image_generation", "--votes", "-2", "A", "B"], "--votes 0 or more"),
-    (["--task", "image_generation", "--max-new-tokens", "0", "A", "B"], "1 or more"),
     (["--task", "image_generation", "--batch-rows", "0", "A", "B"], "1 or more"),
     (["--task", "image_generation", "--votes", "2", "--endpoint", "http://x", "A", "B"], "no votes"),
     (["--task", "image_generation", "--endpoint", "x:8000", "A", "B"], "'x:8000' is to be http(s)://"),

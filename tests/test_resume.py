@@ -22,6 +22,7 @@ import torch
 from safetensors.torch import load_file
 
 import config
+import resume
 import sft
 import stages
 
@@ -137,7 +138,9 @@ def test_a_chain_killed_everywhere_ends_with_the_bits_of_one_that_was_not(whole,
 def test_a_base_killed_in_several_of_its_phases_is_the_same_base(tmp_path):
     one, other, went_on = tmp_path / "one", tmp_path / "other", ""
     assert run(BASE, one)[0] == 0
-    total = len(rows(one / "base" / "metrics.jsonl"))
+    losses = [row["loss"] for row in rows(one / "base" / "metrics.jsonl")]
+    assert losses[-1] < losses[0]
+    total = len(losses)
     for count in (1, total // 4, total // 4 + 1, total // 2, total - 3):
         code, printed = run(BASE + OFTEN, other, has(other, "base/metrics.jsonl", count))
         assert code == -signal.SIGKILL, printed
@@ -236,6 +239,18 @@ def test_a_step_that_is_not_finite_moves_nothing_and_too_many_in_a_row_end_the_r
     with pytest.raises(config.UserError, match="3 steps in a row"):
         step(float("nan"))
     assert torch.equal(weight, after)
+
+
+def test_how_many_steps_in_a_row_were_skipped_outlives_a_stop(tmp_path):
+    optimizers = []
+    for skipped in (2, 0):
+        model = torch.nn.Linear(2, 2)
+        optimizers.append(torch.optim.AdamW(model.parameters()))
+        model.weight.grad, model.bias.grad = torch.ones(2, 2), torch.ones(2)
+        optimizers[-1].step()
+        optimizers[-1].param_groups[0]["skipped"] = skipped
+    resume.keep(tmp_path, "grpo", 7, optimizers[0])
+    assert resume.restore(tmp_path, "grpo", model, optimizers[1]) == 7 and optimizers[1].param_groups[0]["skipped"] == 2
 
 
 SFT = "sft.py --config smoke --out {0} --stage cold_start " + SMALLER
