@@ -45,7 +45,7 @@ def group_advantages(rewards: torch.Tensor, scale_by_std: bool = True, eps: floa
     A group of equal rewards gets exactly 0: in fp32 the mean of eight equal numbers need not be that number, and the residue divided
     by a small eps would be noise in every token's gradient."""
     advantages = rewards - rewards.mean(1, keepdim=True)
-    if scale_by_std:
+    if scale_by_std and rewards.shape[1] > 1:
         advantages = advantages / (rewards.std(1, keepdim=True) + eps)
     return advantages.masked_fill((rewards == rewards[:, :1]).all(1, keepdim=True), 0.0)
 
@@ -54,7 +54,10 @@ def kl_estimate(logprobs: torch.Tensor, ref_logprobs: torch.Tensor, kind: str = 
     """Per-token estimate of KL(pi || pi_ref) from tokens sampled from pi (Schulman's k1, k2, k3), d = log pi_ref - log pi.
     k1 = -d is unbiased but its gradient has mean zero; k2 = d^2/2; k3 = exp(d) - d - 1 is unbiased and never negative."""
     d = ref_logprobs - logprobs
-    return {"k1": -d, "k2": d.square() / 2, "k3": d.exp() - d - 1}[kind]
+    kinds = {"k1": -d, "k2": d.square() / 2, "k3": d.exp() - d - 1}
+    if kind not in kinds:
+        raise ValueError(f"kl is k1, k2 or k3, not {kind!r}")
+    return kinds[kind]
 
 
 def grpo_loss(logprobs, old_logprobs, ref_logprobs, advantages, completion_mask, clip_low: float = 0.2, clip_high: float = 0.2,
@@ -77,9 +80,14 @@ def grpo_loss(logprobs, old_logprobs, ref_logprobs, advantages, completion_mask,
     if beta:
         kl_t = kl_estimate(logprobs.masked_fill(~mask, 0.0), ref_logprobs.masked_fill(~mask, 0.0), kl)
     per_token = (beta * kl_t - objective) * mask
-    loss = {"rollout": (per_token.sum(1) / lengths.clamp(min=1)).sum() / rollouts,
-            "token": per_token.sum() / tokens,
-            "constant": per_token.sum() / (rollouts * (max_length or mask.shape[1]))}[normalise]
+    if normalise == "rollout":
+        loss = (per_token.sum(1) / lengths.clamp(min=1)).sum() / rollouts
+    elif normalise == "token":
+        loss = per_token.sum() / tokens
+    elif normalise == "constant":
+        loss = per_token.sum() / (rollouts * (max_length or mask.shape[1]))
+    else:
+        raise ValueError(f"normalise is rollout, token or constant, not {normalise!r}")
     with torch.no_grad():
         outside = ((ratio < 1 - clip_low) & (advantages[:, None] < 0)) | ((ratio > 1 + clip_high) & (advantages[:, None] > 0))
         metrics = {"kl": ((kl_t * mask).sum() / tokens).item(), "clip_share": ((outside & mask).sum() / tokens).item(),

@@ -38,8 +38,8 @@ def run(stage: str, settings: config.Settings, folder: Path) -> str:
     for sample, text, is_good, is_learnt in zip(samples, texts, good, learnt):
         verdict = data.parse_verdict(text, sample.task)
         counts[sample.task]["pairs"] += 1
-        counts[sample.task]["correct"] += verdict.format_ok and verdict.answer == sample.label
-        counts[sample.task]["malformed"] += not verdict.format_ok or verdict.answer is None
+        counts[sample.task]["correct"] += distill.why_dropped(text, sample) is None
+        counts[sample.task]["malformed"] += not (verdict.format_ok and verdict.answer is not None)
         correct += [data.sft_row(sample, text)] * is_learnt
         wrong += [data.sample_row(sample) | {"judged": text}] * (not is_good)
     data.write_jsonl(folder / "correct.jsonl", correct)

@@ -18,7 +18,6 @@ import config
 import data
 import model as M
 import sft
-import shapes
 import stages
 from base import pretrain
 from test_resume import run  # a process forked from one that has everything imported
@@ -171,9 +170,7 @@ def test_the_shipped_base_has_the_figures_written_beside_it(tmp_path):
     assert (folder / "model.safetensors").stat().st_size <= 4_000_000
 
 
-def test_the_shipped_tokenizer_is_the_one_its_recipe_makes(tmp_path, monkeypatch):
-    monkeypatch.setattr(shapes, "draw_scene", lambda scene: ())  # nobody looks at its 30,000 pictures
-    monkeypatch.setattr(pretrain, "COMPARISONS", ())  # drawn when practice.jsonl is written
+def test_the_shipped_tokenizer_is_the_one_its_recipe_makes(tmp_path):
     settings = config.load_settings("small", [])
     pretrain.write_practice(tmp_path, settings.base.scenes, settings.base.rows_per_scene, settings.base.simple, random.Random(f"{settings.run.seed}/base"))
     tokenizer = pretrain.train_tokenizer([pretrain.all_text(example) for example in data.read_conversations(tmp_path / "practice.jsonl")], settings.model.vocab_size)

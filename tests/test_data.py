@@ -376,10 +376,11 @@ def test_a_folder_can_be_moved_with_its_files(tmp_path, samples):
 
 
 def test_a_taught_response_survives_writing_and_reading(world, samples):
-    data.write_jsonl(world / "taught.jsonl", [data.sft_row(sample, f"reply to {sample.id}") for sample in samples])
-    assert data.read_conversations(world / "taught.jsonl") == [(data.build_prompt(sample, "think"), f"reply to {sample.id}") for sample in samples]
-    assert [sample.response for sample in data.read_samples(world / "taught.jsonl")] == [f"reply to {sample.id}" for sample in samples]
-    assert data.read_samples(world / "taught.jsonl") == samples, "the label stays the sample's, whatever the reply says"
+    written = [(sample, mode) for sample in samples for mode in ("think", "answer")]
+    data.write_jsonl(world / "taught.jsonl", [data.sft_row(sample, f"reply to {sample.id}") | {"mode": mode} for sample, mode in written])
+    assert data.read_conversations(world / "taught.jsonl") == [(data.build_prompt(sample, mode), f"reply to {sample.id}") for sample, mode in written]
+    assert [sample.response for sample in data.read_samples(world / "taught.jsonl")] == [f"reply to {sample.id}" for sample, _ in written]
+    assert data.read_samples(world / "taught.jsonl") == [sample for sample, _ in written], "the label stays the sample's, whatever the reply says"
 
 
 # ---------------------------------------------------------------------------------------------------------- official rows
@@ -453,6 +454,12 @@ def test_a_broken_row_is_an_error_that_names_it(tmp_path, lines, said):
         data.read_samples(tmp_path / "rows.jsonl")
 
 
+def test_an_unknown_task_is_an_error_that_lists_the_tasks(tmp_path):
+    (tmp_path / "rows.jsonl").write_text('{"task": "image_genration", "prompt": "", "solution": "", "images": []}')
+    with pytest.raises(config.UserError, match="image_generation"):
+        data.read_samples(tmp_path / "rows.jsonl")
+
+
 def test_a_failed_write_leaves_the_old_file(tmp_path):
     data.write_jsonl(tmp_path / "rows.jsonl", [{"a": 1}])
     with pytest.raises(TypeError):
@@ -516,6 +523,15 @@ def test_true_and_false_are_read_as_such(tmp_path, text, value):
 def test_settings_never_leak_from_one_run_into_the_next(tmp_path):
     settings_of(tmp_path, "[grpo]\nsteps = 7\n[cold_start]\nlr = 1.0")
     assert settings_of(tmp_path) == config.Settings() and config.Settings().grpo.steps == 500 and config.Settings().rejection_sft.lr == 2.5e-6
+
+
+def test_a_value_outside_a_section_and_broken_toml_are_refused(tmp_path):
+    with pytest.raises(config.UserError, match="'steps' stands outside a section"):
+        settings_of(tmp_path, "steps = 3")
+    with pytest.raises(config.UserError, match="mine.toml"):
+        settings_of(tmp_path, "[grpo\nsteps = 3")
+    with pytest.raises(config.UserError, match="small"):
+        config.load_settings("no-such-name", [])
 
 
 # -------------------------------------------------------------------------------------------------------- the small world

@@ -460,7 +460,10 @@ def test_video_understanding_takes_a_folder_or_the_frames(tmp_path, capsys, as_f
 
 
 @pytest.mark.parametrize("arguments, says", [
+    (["--task", "image_generation", "nowhere.png", "nowhere.png"], "nowhere.png"),
     (["--task", "image_generation", __file__, __file__], "cannot identify image"),
+    (["--task", "images", "A", "B"], "invalid choice: 'images'"),
+    (["--task", "image_generation", "A"], "got 1 files"),
     (["--task", "image_generation", "A", "B", "A"], "--rank"),
     (["--task", "image_generation", "--answer", "x", "A", "B"], "1 answers"),
     (["--task", "image_understanding", "--answer", "x", "A"], "1 answers"),
@@ -468,6 +471,8 @@ def test_video_understanding_takes_a_folder_or_the_frames(tmp_path, capsys, as_f
     (["--task", "image_generation", "--model", "no/such/folder", "A", "B"], "no/such/folder"),
     (["--task", "image_generation", "--prompt-file", "nowhere.txt", "A", "B"], "nowhere.txt"),
     (["--task", "image_generation", "--votes", "many", "A", "B"], "invalid int value"),
+    (["--task", "image_generation", "--votes", "-2", "A", "B"], "--votes 0 or more"),
+    (["--task", "image_generation", "--max-new-tokens", "0", "A", "B"], "1 or more"),
     (["--task", "image_generation", "--batch-rows", "0", "A", "B"], "1 or more"),
     (["--task", "image_generation", "--votes", "2", "--endpoint", "http://x", "A", "B"], "no votes"),
     (["--task", "image_generation", "--endpoint", "x:8000", "A", "B"], "'x:8000' is to be http(s)://"),

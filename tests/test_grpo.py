@@ -31,11 +31,17 @@ def test_each_group_is_compared_with_itself_alone():
 
 
 @pytest.mark.parametrize("scale_by_std", [True, False])
-@pytest.mark.parametrize("group_size", [2, 3, 7, 8])
+@pytest.mark.parametrize("group_size", [1, 2, 3, 7, 8])
 def test_equal_rewards_have_advantages_of_exactly_zero(group_size, scale_by_std):
     """Also where the fp32 mean is not the number itself and eps is small enough to blow the residue up."""
     rewards = torch.tensor([0.1, 0.7, 1 / 3, 2.0, 0.0])[:, None].expand(-1, group_size).contiguous()
     assert grpo.group_advantages(rewards, scale_by_std, eps=1e-12).tolist() == [[0.0] * group_size] * 5
+
+
+def test_the_residue_of_equal_rewards_exists_and_would_be_blown_up():
+    rewards = torch.full((1, 7), 0.1)
+    residue = (rewards - rewards.mean(1, keepdim=True)) / (rewards.std(1, keepdim=True) + 1e-12)
+    assert residue.abs().max() > 0.1, "then the test above tests nothing"
 
 
 @pytest.mark.parametrize("scale_by_std", [True, False])
@@ -91,6 +97,11 @@ def test_expected_gradient_of_the_estimate_as_a_loss(categorical, kind):
     exact = {"k1": 0 * theta.sum(), "k2": exact_kl(log_pi, log_ref), "k3": exact_kl(log_ref, log_pi)}
     (wanted,) = torch.autograd.grad(exact[kind], theta)
     assert torch.allclose(gradient, wanted, atol=1e-12)
+
+
+def test_an_unknown_estimator_is_refused():
+    with pytest.raises(ValueError, match="k4"):
+        grpo.kl_estimate(torch.zeros(1), torch.zeros(1), "k4")
 
 
 # ------------------------------------------------------------------------------------- the loss, against loops over floats
@@ -234,6 +245,11 @@ def test_equal_rewards_still_feel_the_kl():
     case = random_case(3) | {"advantages": torch.zeros(4, dtype=torch.float64)}
     assert loss_and_gradient(case)[1].abs().max() > 0
     assert loss_and_gradient(case, beta=0)[1].abs().max() == 0
+
+
+def test_an_unknown_normalisation_is_refused():
+    with pytest.raises(ValueError, match="sequence"):
+        grpo.grpo_loss(**random_case(0), normalise="sequence")
 
 
 # ---------------------------------------------------------------------------------------------------------------- rewards

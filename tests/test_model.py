@@ -198,6 +198,19 @@ def test_a_completion_of_one_token_is_scored(tiny, prompts, share_prompt):
     assert scored.shape == (6, 1) and (scored - made.logprobs).abs().max() < 1e-5
 
 
+def test_greedy_decoding_is_that_of_transformers(tiny, prompts):
+    """An independent decoder: it builds positions, cache and masks by itself from ids, pictures and token types."""
+    model, processor = tiny
+    inputs = M.collate(prompts, "left", processor.tokenizer.pad_token_id, "cpu")
+    del inputs["position_ids"]
+    theirs = model.generate(**inputs, do_sample=False, max_new_tokens=40, suppress_tokens=M.banned_ids(model, processor.tokenizer).tolist(),
+                            eos_token_id=processor.tokenizer.eos_token_id, pad_token_id=processor.tokenizer.pad_token_id)[:, inputs["input_ids"].shape[1] :]
+    for batch_rows in (1, 3, 256):
+        made = M.generate(model, processor, prompts, 1, 40, temperature=0, batch_rows=batch_rows)
+        assert made.ids.tolist() == theirs.tolist()
+    assert len({tuple(row) for row in made.ids.tolist()}) > 4 and 0 < made.truncated.sum() < len(prompts), "prompts that end and prompts that do not"
+
+
 def test_row_p_times_g_plus_g_is_completion_g_of_prompt_p(tiny, prompts):
     alone = [M.generate(*tiny, [prompt], 1, 12, temperature=0) for prompt in prompts]
     together = M.generate(*tiny, prompts, 3, 12, temperature=0, batch_rows=7)
@@ -484,6 +497,10 @@ def test_micro_batches_hold_every_example_once_and_no_more_tokens_than_allowed(l
     assert [e["name"] for piece in pieces for e in piece] == list(range(9))
     assert all(len(piece) == 1 or padded(piece) <= limit for piece in pieces)
     assert all(padded(piece + following[:1]) > limit for piece, following in zip(pieces, pieces[1:])), "none is smaller than it has to be"
+
+
+def test_a_process_that_is_dealt_no_example_has_no_micro_batch():
+    assert sft.micro_batches([], 100) == []
 
 
 @pytest.mark.parametrize("max_grad_norm", [1e9, 0.1])
