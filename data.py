@@ -405,13 +405,21 @@ def usable(row: dict, folder: Path, own: config.Data) -> Sample:
     return sample
 
 
-def write_sources(split: str, settings: config.Settings, out: Path) -> int:
-    """Reads the mix of sources of a split into out/SPLIT.jsonl; returns the number of pairs. Reasoning is a forced choice: ties are left out."""
-    own, rng, bad, samples = settings.data, random.Random(f"{settings.run.seed}/{split}"), [], []
+def sources(split: str, own: config.Data) -> list:
+    """[(source, file, strategy of `pick`)] of the mix that own.distill, pool or test names; UserError: no such file."""
+    found = []
     for source in filter(None, map(str.strip, getattr(own, split).split(","))):
         path, strategy = re.fullmatch(r"(.+?)(?:@(all|(?:first|end|random):[0-9]+|[0-9]+%))?", source).groups("all")
         if not Path(path).is_file():
             raise config.UserError(f"data.{split}: no file {path}; a source is PATH, PATH@all, PATH@first:N, PATH@end:N, PATH@random:N or PATH@N%")
+        found.append((source, Path(path), strategy))
+    return found
+
+
+def write_sources(split: str, settings: config.Settings, out: Path) -> int:
+    """Reads the mix of sources of a split into out/SPLIT.jsonl; returns the number of pairs. Reasoning is a forced choice: ties are left out."""
+    own, rng, bad, samples = settings.data, random.Random(f"{settings.run.seed}/{split}"), [], []
+    for source, path, strategy in sources(split, own):
         read, choose, before = lambda row, folder: usable(row, folder, own), lambda rows: pick(rows, strategy, rng), len(samples)
         samples += read_rows(path, read, choose, bad, f"{split}: {path}")
         print(f"   {split}: {len(samples) - before} pairs from {source}", flush=True)

@@ -87,14 +87,13 @@ UNFINISHED = {"length": "truncated at max_new_tokens", "content_filter": "stoppe
 
 
 def ask(samples: list, own: config.Server, url: str, model: str, file: Path, mode: str = "think", temperature: float = 0.0, checkpoint: str = "",
-        allow_tie: bool = False, label: str = "asking") -> list:
+        allow_tie: bool = False, label: str = "asking", style: str = "full") -> list:
     """The reply of the model served as `model` at `url` to each of `samples`: rows with "text" and "finish" (stop, or a key of UNFINISHED).
 
     Each reply is in `file` once it arrives, under a key of all that shapes it: server, model, sampling, prompt, pixels. Whatever
-    ended a run, what is there is never paid for again; with anything changed it is asked anew. `checkpoint`, the fingerprint of one trained
-    here, gives it the prompt it was trained on; others get the full prompt. rejection.py and evaluate.py ask for a checkpoint by the name of
-    its stage, so serve it as: vllm serve runs/NAME/rejection_sft --served-model-name rejection_sft --port 8000"""
-    prompts = [data.build_prompt(sample, mode, "short" if checkpoint else "full", allow_tie) for sample in samples]
+    ended a run, what is there is never paid for again; with anything changed it is asked anew. `checkpoint` is the fingerprint of one trained
+    here, whose turn is begun for it. rejection.py and evaluate.py ask for a checkpoint by the name of its stage, so serve it as: vllm serve runs/NAME/rejection_sft --served-model-name rejection_sft --port 8000"""
+    prompts = [data.build_prompt(sample, mode, style, allow_tie) for sample in samples]
     digests = lambda files: [hashlib.sha256(b"%d %d " % image.size + image.tobytes()).hexdigest() for image in map(read_image, files)]
     shape = [url, model, checkpoint, mode, temperature, own.max_new_tokens, own.max_side]
     keys = [hashlib.sha256(json.dumps([shape, text, digests(files)]).encode()).hexdigest() for text, files in map(data.to_text, prompts)]
@@ -174,8 +173,11 @@ def fetch(asked: dict, own: config.Server, url: str, request: dict, file: Path, 
             if len(missing) % (len(asked) // 100 + 1) == 0:
                 print(f"   {label}: {len(missing)} to go, {total('tokens_in')} + {total('tokens_out')} tokens, cost {total('cost'):.2f}", flush=True)
 
+    keys = [key for key in asked if key in missing]
+    for key in keys[:1] if own.max_cost and not rows else []:  # what a prompt costs is known from its reply only
+        one(key)
     with ThreadPoolExecutor(own.concurrency) as pool:
-        list(pool.map(one, [key for key in asked if key in missing]))
+        list(pool.map(one, [key for key in keys if key in missing]))
     if missing:
         why = problems or [f"cost {total('cost'):.4f}, and {own.concurrency} requests may add {reserve():.4f}: raise max_cost ({own.max_cost})"]
         raise config.UserError(f"{label}: {len(missing)} replies missing; {why[0]}. The rest is in {file}; the same command goes on")

@@ -26,10 +26,10 @@ import numpy as np
 import config
 import data
 import distill
+import media
 import model as M
 import report
 import stages
-from media import fit_clips
 from report import SPLITS, percent
 
 # ---------------------------------------------------------------------------------------------------------------- metrics
@@ -90,7 +90,7 @@ def judge(model, processor, samples: list, mode: str, own: config.Evaluate, allo
     asked = [(s.swapped() if swapped else s, swapped) for s in samples for swapped in orders if s.turns or not swapped]
     shown = [config.dataclasses.replace(s, problem=data.fill_template(template, s, mode)) if template else s for s, _ in asked]
     if processor is None:
-        texts = [reply["text"] for reply in distill.ask(shown, own, **model, mode=mode, allow_tie=allow_tie, label=label or "asking")]
+        texts = [reply["text"] for reply in distill.ask(shown, own, **model, mode=mode, allow_tie=allow_tie, label=label or "asking", style=style)]
     else:
         prompts, prefix = [data.build_prompt(s, mode, style, allow_tie) for s in shown], data.THINK if mode == "think" else ""
         texts = distill.generate_texts(model, processor, prompts, own, prefix, votes or 1, 1.0 if votes else 0.0, label=label, file=file)
@@ -127,7 +127,8 @@ def judge_checkpoint(stage: str, mode: str, settings: config.Settings, out: Path
                 continue
             orders = (False, True) if split == "test" else (False,)
             file = folder / f"{stage}-{mode}-{split}-{hashlib.sha256(json.dumps(state).encode()).hexdigest()[:16]}.texts"
-            judged = judge(model, processor, samples, mode, settings.evaluate, split == "ties", f"{stage}, {mode}: {split}", orders, file=file)
+            judged = judge(model, processor, samples, mode, settings.evaluate, split == "ties", f"{stage}, {mode}: {split}", orders,
+                           stages.style(mode, settings, out), file=file)
             rows += [{"split": split} | row for row in judged]
         data.write_jsonl(kept, rows)
         made = {"state": state, "splits": {split: {scope: summarise(found) for scope in (*data.TASKS, "all")
@@ -173,6 +174,16 @@ def run(stage: str, settings: config.Settings, folder: Path) -> str:
 
 # ----------------------------------------------------------------------------------------------- judging pairs of one's own
 
+def settings_of(run: Path) -> config.Settings:
+    """Those that a run's data and base were made with; the defaults, if `run` is none. Pictures and clips are shown as there from here on."""
+    settings = config.Settings()
+    for stage in ("data", "base"):
+        for section, values in stages.read_facts(run / stage / "done.json").get("settings", {}).items():
+            vars(getattr(settings, section)).update(values)
+    media.limits = settings.data
+    return settings
+
+
 def choose_model(options) -> tuple:
     """(checkpoint, prompt style, prompt text, limits, a function that loads it or lets `judge` ask --endpoint, with replies kept in a file).
     Without --model the newest GRPO checkpoint under runs/, else one of an earlier stage. What these scripts trained (done.json is in it;
@@ -189,7 +200,9 @@ def choose_model(options) -> tuple:
     template = config.read_text(file) if file else ""
     if file and not template.strip():
         raise config.UserError(f"--prompt-file {file}: it is empty")
-    style = options.style or ("short" if Path(source, "done.json").is_file() or Path(source, "figures.json").is_file() else "full")
+    settings, own = settings_of(Path(source).parent), lambda name: Path(source, name).is_file()
+    trained = own("figures.json") or own("done.json") and stages.style(options.mode, settings, Path(source).parent) == "short"
+    style = options.style or ("short" if trained else "full")
     print(f"model: {source} ({style} prompts)", file=sys.stderr)
     own = config.Evaluate(max_new_tokens=options.max_new_tokens, batch_rows=options.batch_rows, key_variable=options.key_variable)
     served = {"url": options.endpoint, "model": source, "checkpoint": source if style == "short" else ""}
@@ -242,14 +255,14 @@ def find_media(value, video: bool, root="", cache: Path | None = None):
 def judge_command(options) -> None:
     """Judges two candidates: once and in the order given, with --votes K times in each order; with --rank any number, each pair in both orders."""
     task, generation, video = options.task, data.is_generation(options.task), data.is_video(options.task)
-    names, media = options.media if generation else options.answer, [find_media(file, video) for file in options.media]
-    media, fit = [media] if video and not generation else media, fit_clips if video else list  # several files: the frames of one video
-    if len(names) < 2 or (len(names) > 2 and not options.rank) or (options.answer if generation else len(media) > 1):
+    names, shown = options.media if generation else options.answer, [find_media(file, video) for file in options.media]
+    shown, fit = [shown] if video and not generation else shown, media.fit_clips if video else list  # several files: the frames of one video
+    if len(names) < 2 or (len(names) > 2 and not options.rank) or (options.answer if generation else len(shown) > 1):
         raise config.UserError(f"{task} takes {'two files' if generation else 'one medium, --answer A and --answer B'} (more candidates: --rank); "
                                f"got {len(options.media)} files and {len(options.answer)} answers")
     pairs, of = [(i, j) for j in range(len(names)) for i in range(j)], lambda values, pair: [values[k] for k in pair]
-    samples = [data.Sample("", task, options.prompt, fit(of(media, p) if generation else media), [] if generation else of(names, p)) for p in pairs]
     source, style, template, own, load = choose_model(options)
+    samples = [data.Sample("", task, options.prompt, fit(of(shown, p) if generation else shown), [] if generation else of(names, p)) for p in pairs]
     orders, noun = (False, True) if options.votes or options.rank else (False,), data.candidate_noun(task)
     results = judge_pairs(*load(config.ROOT / "runs" / "judge.replies.jsonl"), samples, options.mode, options.votes, orders, style, template, own)
     said = {answer: text for text, answer in data.verdict_strings(task).items()} | {0: "undecided", None: "unreadable"}

@@ -110,10 +110,10 @@ def rewards_of(text: str, sample: data.Sample, mode: str) -> dict:
 
 # -------------------------------------------------------------------------------------------------------- rollout and update
 
-def encode_prompts(processor, model, samples: list, own: config.GRPO) -> list:
+def encode_prompts(processor, model, samples: list, mode: str, style: str = "short") -> list:
     """The prompts of `samples` as tensors, see model.encode; their pictures seen once for rollout, reference and update."""
-    prefix = data.THINK if own.mode == "think" else ""
-    prompts = [M.encode(processor, model, data.build_prompt(sample, own.mode), prefix) for sample in samples]
+    prefix = data.THINK if mode == "think" else ""
+    prompts = [M.encode(processor, model, data.build_prompt(sample, mode, style), prefix) for sample in samples]
     M.see(model, prompts)
     return prompts
 
@@ -198,7 +198,7 @@ def run(stage: str, settings: config.Settings, folder: Path) -> str:
     # One batch a step, whatever the step does with it: a run that goes on after a stop skips as many as there were steps.
     for step, (batch, replayed) in steps_to_go(drawn, own.steps, stage, folder, model, optimizer, own.save_minutes):
         clock, mine = [time.time()], config.share(batch)  # the prompts of this process; all of them, where it is the only one
-        prompts = encode_prompts(processor, model, mine, own)
+        prompts = encode_prompts(processor, model, mine, own.mode, stages.style(own.mode, settings, out))
         draw = random.Random(f"{settings.run.seed}/{stage}/{step}")  # what is sampled depends on step and prompt, not on the process
         seeds = config.share([draw.getrandbits(32) for _ in batch])
         made, texts, rewards = rollout(model, processor, mine, own, prompts, seeds)
@@ -222,7 +222,7 @@ def run(stage: str, settings: config.Settings, folder: Path) -> str:
         row = {"step": step + 1, "reward": total.mean().item()} | means | metrics | {
             "zero_variance_share": (total == total[:, :1]).all(1).float().mean().item(), "reward_std": total.std(1).mean().item(),
             "lr": rate, "seconds_rollout": clock[1] - clock[0], "seconds_reference": clock[2] - clock[1], "seconds_update": clock[3] - clock[2]}
-        config.log(folder, {name: round(value, 6) if isinstance(value, float) else value for name, value in row.items()})
+        config.log(folder, {name: float(f"{value:.6g}") if isinstance(value, float) else value for name, value in row.items()})
         config.say(f"   step {step + 1}: accuracy {row['reward_accuracy']:.2f}, format {row['reward_format']:.2f}, "
                    f"KL {row['kl']:.4f}, {row['length']:.0f} tokens")
         shown = step % len(batch)  # one whole group a step, to be read

@@ -75,9 +75,10 @@ def spread(length: int, count: int) -> list:
     return [(2 * k + 1) * length // (2 * count) for k in range(count)]
 
 
-def fit_clips(clips: list, frames: int = 8, pair_frames: int = 8) -> list:
-    """Videos (a file, a folder or a list of frames) -> lists of equally many frames, at most `frames` each and `pair_frames` together. Equally
-    many: official files keep a pair apart by halves, and no candidate should be known by its length."""
+def fit_clips(clips: list, frames: int = 0, pair_frames: int = 0) -> list:
+    """Videos (a file, a folder or a list of frames) -> lists of equally many frames, at most `frames` each and `pair_frames` together (0: those of
+    `limits`). Equally many: official files keep a pair apart by halves, and no candidate should be known by its length."""
+    frames, pair_frames = frames or limits.frames, pair_frames or limits.pair_frames
     given = [clip[0] if type(clip) is list and len(clip) == 1 and "#" not in Path(clip[0]).name else clip for clip in clips]  # official rows list all
     number = lambda file: [piece.zfill(20) for piece in re.split(r"([0-9]+)", file.name)]  # frame_2 comes before frame_10
     files = lambda folder: [str(file) for file in sorted(Path(folder).glob("[!.]*"), key=number)]

@@ -58,8 +58,10 @@ class Processor:
     files: dict = field(default_factory=dict)  # {name: text} of KEPT_FILES
     patches: dict = field(default_factory=dict)  # of image files, see image_patches
 
-    def text(self, ids) -> str:
-        return self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    def text(self, ids: torch.Tensor) -> str:
+        """Without the EOS at the end; other control tokens are text like any other, and none that a format reward would overlook."""
+        ended = len(ids) and ids[-1] == self.tokenizer.eos_token_id
+        return self.tokenizer.decode(ids[: -1 if ended else None], clean_up_tokenization_spaces=False)
 
 
 device_of = lambda model: next(model.parameters()).device

@@ -25,7 +25,7 @@ def run(stage: str, settings: config.Settings, folder: Path) -> str:
     samples = data.read_samples(out / "data" / "pool.jsonl")
     if own.endpoint:  # a large pool on a server: distill.ask says how to serve the checkpoint
         texts = [reply["text"] for reply in distill.ask(samples, own, own.endpoint, "cold_start", folder / "replies.jsonl", "think", own.temperature,
-                                                        stages.made_by("cold_start", out), label="judging the pool")]
+                                                        stages.made_by("cold_start", out), label="judging the pool", style="short")]
     else:
         model, processor = M.load(stages.checkpoint("cold_start", settings, out))
         rng = random.Random(f"{settings.run.seed}/rejection")

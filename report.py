@@ -49,14 +49,14 @@ def read_rows(path: Path) -> list:
 
 def judged_of(stage: str, out: Path) -> list:
     """The checkpoint and the pairs that the judgements of a stage are of, as they are now."""
-    return [stages.made_by(s, out) for s in (stage, "data")]
+    return [stages.made_by(stage, out), stages.made_by("data", out), stages.rows_of("data", out)]
 
 
 def read_results(out: Path) -> list:
     """The rows of the stage table, of the checkpoints judged so far: evaluate.py writes a file for each. What was judged before its checkpoint or
     the pairs were made again is left out."""
     judged = {row: stages.read_facts(out / "evaluate" / f"{row[1]}-{row[2]}.json") for row in stages.ROWS}
-    return [dict(zip(("name", "stage", "mode"), row)) | made for row, made in judged.items() if made.get("state", [])[:2] == judged_of(row[1], out)]
+    return [dict(zip(("name", "stage", "mode"), row)) | made for row, made in judged.items() if made.get("state", [])[:-1] == judged_of(row[1], out)]
 
 
 # ----------------------------------------------------------------------------------------------------------------- tables
@@ -70,7 +70,7 @@ def tables(results: list) -> dict:
     as well, or None."""
     lines = lambda cells: [[row["name"], *cells(row)] for row in results]
     accuracy = lambda split: lines(lambda row: [row["splits"][split].get(scope) for scope in (*data.TASKS, "all")])
-    tasks = [task.replace("_", " ").replace("understanding", "und.").replace("generation", "gen.") for task in data.TASKS] + ["mean"]
+    tasks = [task.replace("_", " ").replace("understanding", "und.").replace("generation", "gen.") for task in data.TASKS] + ["all pairs"]
     return {"test": ("accuracy % on the test split, both orders, 95% interval", 18, tasks, accuracy("test")),
             "heldout": ("accuracy % on colour-shape pairs never trained on", 18, tasks, accuracy("heldout")),
             "quality": ("the reasoning on the test split, % (follows: sums add up and the verdict follows from them)", 12, QUALITY.values(),

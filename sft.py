@@ -189,7 +189,8 @@ def start_and_examples(stage: str, settings: config.Settings, out: Path) -> tupl
     file = out / ("distill/kept.jsonl" if stage == "cold_start" else "rejection/correct.jsonl")
     examples = data.read_conversations(file)
     if stage == "direct_sft":
-        examples = [(data.build_prompt(s, "answer"), f"<answer>{data.verdict_string(s.task, s.label)}</answer>") for s in data.read_samples(file)]
+        style, verdict = stages.style("answer", settings, out), lambda s: f"<answer>{data.verdict_string(s.task, s.label)}</answer>"
+        examples = [(data.build_prompt(s, "answer", style), verdict(s)) for s in data.read_samples(file)]
     return stages.checkpoint(start, settings, out), examples
 
 

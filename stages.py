@@ -64,6 +64,12 @@ def checkpoint(stage: str, settings: Settings, out: Path) -> str:
     return str(ROOT / settings.model.path) if (ROOT / settings.model.path).is_dir() else settings.model.path
 
 
+def style(mode: str, settings: Settings, out: Path) -> str:
+    """Of the chain's prompts (data.build_prompt). Whoever is to think was trained on the short ones. Bare verdicts are also asked of a base from
+    elsewhere, which never saw them: it gets the full ones, and so do all that are compared with it. figures.json: the base was trained here."""
+    return "short" if mode == "think" or Path(checkpoint("base", settings, out), "figures.json").is_file() else "full"
+
+
 def inputs(stage: str, settings: Settings) -> list:
     """The stages whose output `stage` reads; GRPO's settings say what it starts from and which samples it takes."""
     if STAGES[stage][0] != "grpo":
@@ -72,11 +78,33 @@ def inputs(stage: str, settings: Settings) -> list:
     return [own.start] + ["rejection"] * (own.data != "pool") + STAGES[stage][1]
 
 
+def digest(file: Path) -> str:
+    """Of a file's bytes; of weights, which are gigabytes, of 64 KB spread over them, and their size."""
+    with open(file, "rb") as stream:
+        if file.suffix != ".safetensors":
+            return hashlib.file_digest(stream, "sha256").hexdigest()[:16]
+        size, made = file.stat().st_size, hashlib.sha256()
+        for k in range(64):
+            stream.seek(k * size // 64)
+            made.update(stream.read(1024))
+        return f"{size} {made.hexdigest()[:16]}"
+
+
+def rows_of(stage: str, out: Path) -> dict:
+    """{STAGE/FILE: digest} of the rows that a stage wrote."""
+    return {f"{stage}/{file.name}": digest(file) for file in sorted((out / stage).glob("*.jsonl"))}
+
+
 def made_of(stage: str, settings: Settings, out: Path) -> dict:
-    """What decides the result of a stage, by name: its settings, which runs of the stages it reads, and the rows that these wrote."""
-    read = inputs(stage, settings)
+    """What decides the result of a stage, by name: its settings, the files they name, which runs of the stages it reads, and the rows that these
+    wrote. UserError: one of the files is not there."""
+    read, files = inputs(stage, settings), []
     facts = {f"{section}.{key}": value for section in STAGES[stage][2] for key, value in config.shaping(getattr(settings, section)).items()}
-    rows = {f"{s}/{file.name}": hashlib.sha256(file.read_bytes()).hexdigest()[:16] for s in read for file in (out / s).glob("*.jsonl")}
+    if stage == "data":
+        files = [path for split in ("distill", "pool", "test") for _, path, _ in importlib.import_module("data").sources(split, settings.data)]
+    if stage == "base" and settings.model.path and not settings.base.rebuild:
+        files = sorted(Path(checkpoint(stage, settings, out)).glob("*.safetensors"))
+    rows = {str(file): digest(file) for file in files} | {name: value for s in read for name, value in rows_of(s, out).items()}
     return facts | rows | {"run.seed": settings.run.seed} | {s: made_by(s, out) for s in read}
 
 
@@ -104,7 +132,8 @@ def begin(stage: str, settings: Settings, folder: Path, again: str, anew: bool) 
     if begun.get("threads", threads) != threads:
         print(f"   was begun with {begun['threads']} threads, goes on with {threads}: sums may differ in their last bits", flush=True)
     kept, going_on = ["replies.jsonl"] + ["begun.json", "texts.jsonl"] * bool(begun), begun and any(folder.glob("*.0.state"))
-    for item in sorted(folder.iterdir(), key=lambda item: item.name != "begun.json"):  # that first: what is half removed is not gone on with
+    first = ("done.json", "begun.json")  # what is half removed is neither finished nor gone on with
+    for item in sorted(folder.iterdir(), key=lambda item: item.name not in first):
         if item.suffix == ".tmp" or not going_on and item.name not in kept:
             shutil.rmtree(item) if item.is_dir() else item.unlink()
     write_text(folder / "begun.json", json.dumps({"made_of": facts, "threads": threads}))

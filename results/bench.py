@@ -17,6 +17,7 @@ import numpy as np
 
 import config
 import data
+import media
 from evaluate import choose_model, find_media, interval, judge, pair_scores, summarise, tie_metrics
 from report import percent
 
@@ -48,8 +49,8 @@ def benchmark_rows(file: Path):
         raise config.UserError(f"cannot read {file}: {error}")
 
 
-def read_benchmark(name: str, paths: list, media: str | None = None) -> tuple:
-    """({id: sample}, [what is wrong with which row]) of files or their folder; images and videos stand there too, or in the folder `media`."""
+def read_benchmark(name: str, paths: list, folder: str | None = None) -> tuple:
+    """({id: sample}, [what is wrong with which row]) of files or their folder; images and videos stand there too, or in `folder`."""
     if name not in BENCHMARKS:
         raise config.UserError(f"--benchmark {name}: it is none of {', '.join(BENCHMARKS)}")
     (task, asked, shown, said, label), samples, broken, kinds = BENCHMARKS[name], {}, [], (".json", ".jsonl", ".csv", ".parquet")
@@ -59,13 +60,13 @@ def read_benchmark(name: str, paths: list, media: str | None = None) -> tuple:
         for number, row in enumerate(benchmark_rows(file), 1):
             try:
                 found = [row[next((key for key in keys.split("|") if key in row), keys)] for keys in shown]
-                found = [find_media(value, data.is_video(task), media or file.parent, file.with_suffix(".media")) for value in found]
+                found = [find_media(value, data.is_video(task), folder or file.parent, file.with_suffix(".media")) for value in found]
                 answers = row["response"] if said == "response" else [row[key] for key in said.split("|") if key]
                 prompt, key = re.sub(r"<(?:image|video)>\n?", "", row[asked]), str(row.get("id", ""))
                 key = f"{key}#{file.name}:{number}" if not key or key in samples else key  # some lists have no ids or repeat one
                 better = LABELS[str(row[label])] if label else 1
                 made = {"id": key, "task": task, "prompt": prompt, "media": found, "answers": answers, "label": better}
-                samples[key] = data.usable(made, file.parent, config.Data(media_within="/"))
+                samples[key] = data.usable(made, file.parent, config.dataclasses.replace(media.limits, image_root="", media_within="/"))
             except (LookupError, ValueError, TypeError, AttributeError, OSError, config.UserError) as error:
                 broken.append(f"{file}, row {number}: {type(error).__name__}: {error}")
     if not samples:
@@ -88,8 +89,8 @@ def benchmark_metrics(rows: list) -> dict:
 def bench(options) -> None:
     """Judges a benchmark, each pair in both orders; the same command goes on where it was stopped. FILE.json has the metrics, FILE.jsonl the
     judgements. Broken rows are named, counted and left out; an unreadable output is wrong."""
-    samples, broken = read_benchmark(options.benchmark, options.path, options.media)
     source, style, template, own, load = choose_model(options)
+    samples, broken = read_benchmark(options.benchmark, options.path, options.media)
     out = Path(options.out or config.ROOT / "runs" / "bench" / f"{options.benchmark}-{'-'.join(Path(source).parts[-2:])}-{options.mode}.json")
     weights = [file.stat().st_mtime_ns for file in sorted(Path(source).glob("*.safetensors"))]
     state = {"state": [{k: v for k, v in vars(options).items() if k not in ("out", "batch_rows", "key_variable")}, source, weights, style, template]}

@@ -18,6 +18,7 @@ import numpy as np
 
 import config
 import data
+import report
 import stages
 from evaluate import interval, pair_scores
 
@@ -44,7 +45,7 @@ REASONING = {  # of one judgement; the last two: a right verdict although a scor
 
 def read_run(path: Path) -> dict:
     """A run folder, or a file written by `keep`, as {STAGE-MODE: rows of its judgements, "settings": {section.key: value}, "curves": {metric of
-    GRPO: its value at every step}}."""
+    GRPO: its value at every step}}. Judgements of a checkpoint or of pairs that were made again since are left out."""
     if not path.is_dir():
         try:
             head, *lines = map(json.loads, gzip.decompress(path.read_bytes()).splitlines())
@@ -60,9 +61,9 @@ def read_run(path: Path) -> dict:
             settings |= {f"{section}.{key}": value for key, value in values.items() if key in shaping[section]}
     metrics = path / "grpo" / "metrics.jsonl"
     steps = list(data.read_jsonl(metrics)) if metrics.is_file() else []
-    files = {key: path / "evaluate" / f"{key}.jsonl" for key in (key for _, key in KEYS)}
+    judged = {f"{row['stage']}-{row['mode']}" for row in report.read_results(path)}
     return {"settings": settings, "curves": {name: [row[name] for row in steps] for name in CURVES},
-            **{key: list(data.read_jsonl(file)) for key, file in files.items() if file.is_file()}}
+            **{key: data.read_jsonl(path / "evaluate" / f"{key}.jsonl") for _, key in KEYS if key in judged}}
 
 
 def keep(run: dict, file: Path, plain: dict | None = None) -> None:

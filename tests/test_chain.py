@@ -90,6 +90,14 @@ def test_grpo_reads_what_its_settings_name_and_that_is_made_first(tmp_path):
     assert {"direct_sft", "rejection", "data"} < set(reads) and "rejection_sft" not in reads
 
 
+def test_a_base_from_elsewhere_is_told_the_verdicts_and_what_is_compared_with_it_too(chain, tmp_path):
+    for base, asked in ((ROOT / "configs" / "small-base", "Answer directly."), (tmp_path, "Write exactly one of: <answer>")):
+        settings = config.load_settings("smoke", [("model.path", str(base))])
+        _, examples = sft.start_and_examples("direct_sft", settings, chain[0])
+        assert examples and all(asked in parts[-1]["text"] for parts, _ in examples)
+        assert stages.style("think", settings, chain[0]) == "short" and stages.style("answer", config.load_settings("smoke", []), chain[0]) == "short"
+
+
 def test_filters_sort_by_label_and_lose_nothing(chain):
     out, _ = chain
     pool = {s.id: s for s in data.read_samples(out / "data" / "pool.jsonl")}

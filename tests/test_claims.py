@@ -3,6 +3,7 @@
 import argparse
 import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from results import claims
 import config
 import data
 import evaluate
+import report
 import stages
 
 
@@ -72,6 +74,7 @@ def write_folder(folder, run, settings):
     (folder / "evaluate").mkdir(parents=True)
     for key, rows in run.items():
         data.write_jsonl(folder / "evaluate" / f"{key}.jsonl", rows)
+        config.write_text(folder / "evaluate" / f"{key}.json", json.dumps({"state": report.judged_of(key.rpartition("-")[0], folder) + [{}]}))
     config.write_text(folder / "evaluate" / "done.json", json.dumps({"settings": settings}))
     return str(folder)
 
@@ -89,6 +92,14 @@ def test_command_prints_the_same_from_folders_and_from_what_it_kept(tmp_path, ca
     assert files[2].stat().st_size < files[1].stat().st_size / 2
     evaluate.command_line("table", [str(file) for file in files])
     assert capsys.readouterr().out == printed
+
+
+def test_judgements_of_a_checkpoint_that_was_made_again_are_no_result(tmp_path):
+    folder = Path(write_folder(tmp_path / "seed0", make_run({}), {}))
+    (folder / "grpo").mkdir()
+    (folder / "grpo" / "done.json").write_text('{"id": "grpo 2"}')
+    with pytest.raises(config.UserError, match="seed0: no judgements grpo-think; finish the run"):
+        claims.table(argparse.Namespace(runs=[str(folder)], keep="", json=""))
 
 
 def test_mistakes_are_named(tmp_path):

@@ -343,6 +343,14 @@ def test_max_cost_is_never_passed_and_what_was_paid_for_counts_in_the_next_run(r
     assert len(server.seen) == 14 and len(data.read_jsonl(run_folder / "distill" / "kept.jsonl")) == 14
 
 
+def test_what_a_prompt_costs_is_learnt_from_one_reply_before_many_are_asked_for(run_folder, serve):
+    server = serve(data.read_samples(run_folder / "data" / "distill.jsonl"), lambda attempt, s, body: completion(right(s), tokens=(100, 0)))
+    settings = teacher(server, price_in=1e4, price_out=0.0, max_cost=2.5)  # each reply costs 1, and four are asked for at a time
+    with pytest.raises(config.UserError, match="cost 1.0000, and 4 requests may add 4.0000"):
+        distill.run("distill", settings, run_folder / "distill")
+    assert len(server.seen) == 1
+
+
 def test_a_server_that_counts_no_tokens_is_taken_at_the_dearest(run_folder, serve):
     samples = data.read_samples(run_folder / "data" / "distill.jsonl")
     server = serve(samples, lambda attempt, s, body: {key: value for key, value in completion(right(s)).items() if key != "usage"})
@@ -473,7 +481,7 @@ def test_a_served_checkpoint_reads_the_prompt_it_was_trained_on(tiny, samples, s
     model, processor = tiny
     tokenizer = processor.tokenizer
     server = serve(samples, lambda attempt, s, body: completion("x"))
-    distill.ask(samples, config.Evaluate(), server.url, "grpo", tmp_path / "replies.jsonl", mode, checkpoint="0123")
+    distill.ask(samples, config.Evaluate(), server.url, "grpo", tmp_path / "replies.jsonl", mode, checkpoint="0123", style="short")
     for row in server.seen:
         turns = [{"role": turn["role"], "content": turn["content"] if isinstance(turn["content"], list) else [{"type": "text", "text": turn["content"]}]}
                  for turn in row["body"]["messages"]]

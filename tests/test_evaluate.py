@@ -486,7 +486,8 @@ def test_mistakes_get_one_line(arguments, says, pictures):
 
 def test_without_model_the_newest_run_is_taken_and_its_style_known(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(config, "ROOT", tmp_path)
-    options = Namespace(model=None, style=None, prompt_file=None, max_new_tokens=5, batch_rows=2, votes=0, endpoint="", key_variable="")
+    options = Namespace(model=None, style=None, prompt_file=None, mode="think", max_new_tokens=5, batch_rows=2, votes=0, endpoint="",
+                        key_variable="")
     with pytest.raises(config.UserError, match="no trained run under"):
         evaluate.choose_model(options)
     for age, name in enumerate(["old/cold_start", "old/grpo", "new/grpo", "newest/rejection_sft"]):
@@ -499,6 +500,11 @@ def test_without_model_the_newest_run_is_taken_and_its_style_known(tmp_path, mon
         assert f"{expected} (short prompts)" in capsys.readouterr().err
     (tmp_path / "elsewhere").mkdir()
     assert evaluate.choose_model(Namespace(**vars(options) | {"model": str(tmp_path / "elsewhere")}))[1] == "full"
+    of = lambda mode: evaluate.choose_model(Namespace(**vars(options) | {"model": str(tmp_path / "runs" / "new" / "grpo"), "mode": mode}))[1]
+    for base, direct in ((BASE, "short"), (tmp_path / "elsewhere", "full")):  # which bare verdicts were asked of a base from elsewhere with
+        (tmp_path / "runs" / "new" / "base").mkdir(exist_ok=True)
+        (tmp_path / "runs" / "new" / "base" / "done.json").write_text(json.dumps({"settings": {"model": {"path": str(base)}}}))
+        assert (of("think"), of("answer")) == ("short", direct)
     assert evaluate.choose_model(Namespace(**vars(options) | {"model": "someone/model", "style": "short"}))[:2] == ("someone/model", "short")
 
 
@@ -539,7 +545,7 @@ def test_the_report_is_written_from_a_run_that_is_still_going(world, samples, tm
     rows = [{"split": "test", "id": s.id, "swapped": False, "task": s.task, "mode": "think", "label": s.label, "answer": v.answer, "text": text,
              "scores": v.scores, "scores_right": 1.0, "facts_right": 1.0, "format_ok": True, "sums_ok": True, "consistent": True} for s, text, v in judged]
     data.write_jsonl(out / "evaluate" / "cold_start-think.jsonl", rows)
-    cells = {"state": [None, None], "splits": {"test": {"all": evaluate.summarise(rows)}, "heldout": {}}, "ties": {}}
+    cells = {"state": report.judged_of("cold_start", out) + [{}], "splits": {"test": {"all": evaluate.summarise(rows)}, "heldout": {}}, "ties": {}}
     (out / "evaluate" / "cold_start-think.json").write_text(json.dumps(cells))
     (out / "cold_start" / "done.json").write_text(json.dumps({"made": "9 examples", "seconds": 2.0}))
     steps = [json.dumps({"step": k, "reward_accuracy": 0.25 * k, "kl": 0.001 * k}) + "\n" for k in (1, 2, 3)]
@@ -559,6 +565,9 @@ def test_the_report_is_written_from_a_run_that_is_still_going(world, samples, tm
         assert len(pair["media"]) == len(sample.media) and all(item["src"].startswith("data:image/png;base64,") for item in pair["media"])
     (out / "cold_start" / "done.json").write_text(json.dumps({"id": "cold_start 2", "made": "9 examples", "seconds": 2.0}))
     assert "No checkpoint has been judged yet" in report.write(out).read_text(), "the checkpoint is not the one that was judged"
+    (out / "cold_start" / "done.json").write_text(json.dumps({"made": "9 examples", "seconds": 2.0}))
+    data.write_jsonl(out / "data" / "test.jsonl", map(data.sample_row, samples[1:]))
+    assert "No checkpoint has been judged yet" in report.write(out).read_text(), "these are not the pairs that were judged"
     (out / "grpo" / "metrics.jsonl").write_text(steps[0] + steps[1][:9] + "\n" + steps[2])
     done = subprocess.run([sys.executable, ROOT / "report.py", out], capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr.startswith(f"error: {out / 'grpo' / 'metrics.jsonl'} is damaged") and done.stderr.count("\n") == 1

@@ -419,3 +419,11 @@ def test_a_rollout_keeps_completions_and_rewards_of_a_prompt_together(tiny, samp
 def test_a_thinking_completion_is_judged_with_the_tag_its_prompt_opened(tiny, prompts, samples):
     _, texts, _ = grpo.rollout(*tiny, samples[:2], own_settings(group_size=2, max_new_tokens=4, temperature=0.0), prompts[:2])
     assert len(texts) == 4 and all(text.startswith("<think>") and text.count("<think>") == 1 for text in texts)
+
+
+def test_control_tokens_after_a_judgement_cost_it_the_format(tiny):
+    tokenizer = tiny[1].tokenizer
+    ids = lambda text: torch.tensor(M.tokenize(tokenizer, text, plain=False))
+    assert tiny[1].text(ids(GOOD + M.IM_END)) == tiny[1].text(ids(GOOD)) == GOOD and tokenizer.eos_token == M.IM_END
+    for text in (GOOD + M.PAD, GOOD + M.IM_START + M.IM_END):
+        assert grpo.rewards_of(tiny[1].text(ids(text)), PAIR, "think")["format"] == 0

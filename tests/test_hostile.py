@@ -266,7 +266,7 @@ def test_the_report_shows_everything_as_text(tmp_path, samples):
                "format_ok": True, "sums_ok": True, "consistent": True, "scores_right": 1.0, "facts_right": 1.0}
         data.write_jsonl(out / "evaluate" / "grpo-think.jsonl", [row])
         cell = evaluate.summarise([row])
-        made = {"state": [None, None], "name": text, "splits": {"test": {"all": cell}, "heldout": {}}, "ties": {}}
+        made = {"state": report.judged_of("grpo", out) + [{}], "name": text, "splits": {"test": {"all": cell}, "heldout": {}}, "ties": {}}
         (out / "evaluate" / "grpo-think.json").write_text(json.dumps(made))
         (out / "grpo").mkdir()
         (out / "grpo" / "done.json").write_text(json.dumps({"made": text, "seconds": 1.0}))

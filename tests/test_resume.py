@@ -1,6 +1,7 @@
 """What is stopped goes on: real command lines in real processes, killed (kill -9) at chosen points of every kind of stage, end with the bits of a
 run that nobody stopped. The processes are forked from one that has everything imported, which saves the seconds of that and nothing else."""
 
+import hashlib
 import json
 import multiprocessing
 import os
@@ -205,6 +206,35 @@ def test_settings_that_change_no_result_may_change_and_another_number_of_threads
     monkeypatch.setattr(torch, "get_num_threads", lambda: 77)
     stages.begin("grpo", settings, folder, "", False)
     assert "goes on with 77: sums may differ in their last bits" in capsys.readouterr().out and set(os.listdir(folder)) == LEFT
+
+
+def test_a_stage_that_was_half_cleared_when_it_was_stopped_is_not_taken_for_finished(stopped, monkeypatch):
+    settings, folder = stopped
+    tidied = [name for name in LEFT if name != "metrics.jsonl"]
+    [(folder / name).unlink() for name in tidied]
+    for number in range(20):
+        (folder / f"rows{number}.jsonl").write_text("x\n")
+    (folder / "done.json").write_text(json.dumps({"id": "grpo 1"}))
+    removed, unlink = [], Path.unlink
+    monkeypatch.setattr(Path, "unlink", lambda file, **_: (removed.append(file.name), unlink(file), signal.raise_signal(signal.SIGINT)))
+    with pytest.raises(KeyboardInterrupt):
+        stages.begin("grpo", settings, folder, "python grpo.py", True)
+    assert removed == ["done.json"] and stages.made_by("grpo", folder.parent) is None
+
+
+def test_a_changed_source_file_makes_the_data_anew_and_other_weights_a_new_base(tmp_path):
+    rows, weights = tmp_path / "pairs.jsonl", tmp_path / "model" / "model.safetensors"
+    weights.parent.mkdir()
+    rows.write_text("one\n"), weights.write_bytes(bytes(10**6))
+    settings = config.load_settings("smoke", [("data.pool", f"{rows}@first:1"), ("model.path", str(weights.parent))])
+    facts = lambda stage: stages.made_of(stage, settings, tmp_path)
+    before, base = facts("data"), facts("base")
+    assert before[str(rows)] == hashlib.sha256(b"one\n").hexdigest()[:16] and facts("data") == before and facts("base") == base
+    rows.write_text("two\n"), weights.write_bytes(bytes(5 * 10**5) + b"\1" * (5 * 10**5))
+    assert facts("data") != before and facts("base") != base
+    rows.unlink()
+    with pytest.raises(config.UserError, match="data.pool: no file"):
+        facts("data")
 
 
 # ------------------------------------------------------------------------------------------------------------------ faults
