@@ -113,7 +113,7 @@ class Server:  # how a served model is asked (distill.ask)
     timeout: float = setting(300.0, "seconds until a request is given up and tried again", False, (0.1, 1e6))
     max_new_tokens: int = setting(2048, "longest completion")
     retries: int = setting(8, "attempts after the first, with growing waits or those the server asks for", False, (0, 1000))
-    max_cost, price_in, price_out, max_side = 0.0, 0.0, 0.0, 16384  # of one's own server: nothing to pay, and pictures as they are
+    max_cost, price_in, price_out, max_side = 0.0, 0.0, 0.0, 16384  # of one's own server: nothing to pay, no other limit than max_pixels
 
 
 @dataclass
@@ -122,7 +122,7 @@ class Distill(Server):
     base_url: str = setting("https://api.openai.com/v1", "OpenAI-compatible server of the teacher, https://HOST/v1, no password in it", allowed=URL)
     key_variable: str = setting("OPENAI_API_KEY", "NAME of the environment variable whose key is sent to base_url; empty sends none", False, NAME)
     temperature: float = setting(1.0, "sampling temperature of a served teacher")
-    max_side: int = setting(1024, "longer side of the pictures sent, in pixels; larger ones are scaled down")
+    max_side: int = setting(1024, "longer side of the pictures sent, in pixels; larger ones are scaled down, and all to data.max_pixels before")
     max_cost: float = setting(20.0, "stop before all replies, those of earlier runs included, could cost more; 0 sets no limit", shapes=False)
     price_in: float = setting(2.5, "price of a million prompt tokens, in the unit of max_cost (default: gpt-4o in US dollars)", shapes=False)
     price_out: float = setting(10.0, "price of a million reply tokens, in the unit of max_cost (default: gpt-4o in US dollars)", shapes=False)

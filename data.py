@@ -366,8 +366,17 @@ def run(stage: str, settings: config.Settings, out: Path) -> str:
     """Reads each split from its sources, or draws it: the small world, whose two further tests go along with its own only."""
     import shapes  # here, because the small world itself is written in this file's terms
 
-    splits = ["distill", "pool", "test"] + ["heldout", "ties"] * (not settings.data.test)
-    counts = {split: (write_sources if getattr(settings.data, split, "") else shapes.draw_split)(split, settings, out) for split in splits}
+    splits = ["distill", "pool", "test"]
+    named = [split for split in splits if getattr(settings.data, split)]
+    for split in splits if named else []:
+        if split not in named:
+            print(f"   {split}: data.{split} names no files, so pairs of the small world are drawn", flush=True)
+    splits += ["heldout", "ties"] * (not settings.data.test)
+    counts = {split: (write_sources if split in named else shapes.draw_split)(split, settings, out) for split in splits}
+    content = lambda s: (s.task, s.prompt, s.problem, *sorted(map(str, s.media)), *sorted(s.answers))  # in whatever order
+    learnt, tested = ({content(s) for split in some for s in read_samples(out / f"{split}.jsonl")} for some in (splits[:2], splits[2:3]))
+    if twice := len(learnt & tested):
+        print(f"   test: {twice} of its pairs are learnt from, too", flush=True)
     return ", ".join(f"{split} {count}" for split, count in counts.items()) + " pairs"
 
 

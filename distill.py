@@ -92,7 +92,7 @@ def ask(samples: list, own: config.Server, url: str, model: str, file: Path, mod
 
     Each reply is in `file` once it arrives, under a key of all that shapes it: server, model, sampling, prompt, pixels. Whatever
     ended a run, what is there is never paid for again; with anything changed it is asked anew. `checkpoint` is the fingerprint of one trained
-    here, whose turn is begun for it. rejection.py and evaluate.py ask for a checkpoint by the name of its stage, so serve it as: vllm serve runs/NAME/rejection_sft --served-model-name rejection_sft --port 8000"""
+    here, whose turn is begun for it; it is asked for by the name of its stage, so serve it as: vllm serve runs/NAME/grpo --served-model-name grpo"""
     prompts = [data.build_prompt(sample, mode, style, allow_tie) for sample in samples]
     digests = lambda files: [hashlib.sha256(b"%d %d " % image.size + image.tobytes()).hexdigest() for image in map(read_image, files)]
     shape = [url, model, checkpoint, mode, temperature, own.max_new_tokens, own.max_side]
@@ -162,7 +162,7 @@ def fetch(asked: dict, own: config.Server, url: str, request: dict, file: Path, 
             content = message_parts(parts, own.max_side, "extra_body" in request)
             row = answer(client, request | {"messages": [{"role": "user", "content": content}] + request["messages"]}, own, url)
         except config.UserError as error:
-            return problems.append(hide(f"sample {sample}: {error}"))
+            return problems.append(hide(f"{f'sample {sample}' if sample else 'the pair'}: {error}"))
         row |= {"key": key, "id": sample, "text": hide("".join(turn["content"] for turn in request["messages"]) + row["text"]),
                 "cost": (row["tokens_in"] * own.price_in + row["tokens_out"] * own.price_out) / 1e6}
         with lock, open(file, "ab", buffering=0) as stream:
@@ -174,13 +174,16 @@ def fetch(asked: dict, own: config.Server, url: str, request: dict, file: Path, 
                 print(f"   {label}: {len(missing)} to go, {total('tokens_in')} + {total('tokens_out')} tokens, cost {total('cost'):.2f}", flush=True)
 
     keys = [key for key in asked if key in missing]
+    if len(keys) < len(asked):
+        print(f"   {label}: {len(asked) - len(keys)} of {len(asked)} replies are there from before", flush=True)
     for key in keys[:1] if own.max_cost and not rows else []:  # what a prompt costs is known from its reply only
         one(key)
     with ThreadPoolExecutor(own.concurrency) as pool:
         list(pool.map(one, [key for key in keys if key in missing]))
     if missing:
-        why = problems or [f"cost {total('cost'):.4f}, and {own.concurrency} requests may add {reserve():.4f}: raise max_cost ({own.max_cost})"]
-        raise config.UserError(f"{label}: {len(missing)} replies missing; {why[0]}. The rest is in {file}; the same command goes on")
+        cost = f"cost {total('cost'):.4f}, and {own.concurrency} requests may add {reserve():.4f}: raise max_cost ({own.max_cost})"
+        why = (problems or [cost])[0].removesuffix(".")
+        raise config.UserError(f"{label}: {len(missing)} replies missing; {why}. The rest is in {file}; the same command goes on")
 
 
 def answer(client, request: dict, own: config.Server, url: str) -> dict:

@@ -14,6 +14,7 @@ the larger wins (arXiv 2305.14324).
 """
 
 import argparse
+import contextlib
 import functools
 import hashlib
 import json
@@ -174,12 +175,17 @@ def run(stage: str, settings: config.Settings, folder: Path) -> str:
 
 # ----------------------------------------------------------------------------------------------- judging pairs of one's own
 
-def settings_of(run: Path) -> config.Settings:
-    """Those that a run's data and base were made with; the defaults, if `run` is none. Pictures and clips are shown as there from here on."""
+def settings_of(run: Path, options) -> config.Settings:
+    """Those of a run's data, base and evaluation, or the defaults, if `run` is none; `options` that are given come first. Pictures and clips are
+    shown by them from here on."""
     settings = config.Settings()
-    for stage in ("data", "base"):
+    for stage in ("data", "base", "evaluate"):
         for section, values in stages.read_facts(run / stage / "done.json").get("settings", {}).items():
             vars(getattr(settings, section)).update(values)
+    for section, names in ((settings.data, LIMITS[:3]), (settings.evaluate, LIMITS[3:])):
+        vars(section).update({name: getattr(options, name) for name in names if getattr(options, name, None) is not None})
+        if wrong := [name for name in names if getattr(section, name) < 1]:
+            raise config.UserError(f"--{wrong[0].replace('_', '-')} is 1 or more")
     media.limits = settings.data
     return settings
 
@@ -187,7 +193,7 @@ def settings_of(run: Path) -> config.Settings:
 def choose_model(options) -> tuple:
     """(checkpoint, prompt style, prompt text, limits, a function that loads it or lets `judge` ask --endpoint, with replies kept in a file).
     Without --model the newest GRPO checkpoint under runs/, else one of an earlier stage. What these scripts trained (done.json is in it;
-    figures.json: the base) knows the short prompts; a model from elsewhere needs the full ones."""
+    figures.json: the base) knows the short prompts, and is served by the name of its stage; a model from elsewhere needs the full ones."""
     made = [file.parent for stage in ("grpo", "rejection_sft", "cold_start")
             for file in sorted((config.ROOT / "runs").glob(f"*/{stage}/done.json"), key=lambda file: -file.stat().st_mtime)]
     if not options.model and not made:
@@ -195,17 +201,18 @@ def choose_model(options) -> tuple:
     source, file, votes = str(options.model or made[0]), options.prompt_file, getattr(options, "votes", 0)
     if not options.endpoint and not Path(source).is_dir() and source.count("/") != 1:
         raise config.UserError(f"--model {source}: no such folder, and no hub name")
-    if min(options.max_new_tokens, options.batch_rows, votes + 1) < 1 or (options.endpoint and (votes or not options.model)):
-        raise config.UserError("--max-new-tokens and --batch-rows are 1 or more, --votes 0 or more; --endpoint has no votes and needs --model NAME")
+    if votes < 0 or (options.endpoint and (votes or not options.model)):
+        raise config.UserError("--votes 0 or more; --endpoint has no votes and needs --model, a name or the folder of what is served")
     template = config.read_text(file) if file else ""
     if file and not template.strip():
         raise config.UserError(f"--prompt-file {file}: it is empty")
-    settings, own = settings_of(Path(source).parent), lambda name: Path(source, name).is_file()
-    trained = own("figures.json") or own("done.json") and stages.style(options.mode, settings, Path(source).parent) == "short"
+    stage, run = Path(source).name, Path(source).parent
+    settings, made_here = settings_of(run, options), stages.made_by(stage, run)
+    trained = Path(source, "figures.json").is_file() or made_here and stages.style(options.mode, settings, run) == "short"
     style = options.style or ("short" if trained else "full")
     print(f"model: {source} ({style} prompts)", file=sys.stderr)
-    own = config.Evaluate(max_new_tokens=options.max_new_tokens, batch_rows=options.batch_rows, key_variable=options.key_variable)
-    served = {"url": options.endpoint, "model": source, "checkpoint": source if style == "short" else ""}
+    own = config.dataclasses.replace(settings.evaluate, key_variable=options.key_variable)
+    served = {"url": options.endpoint, "model": stage if made_here else source, "checkpoint": made_here or (source if style == "short" else "")}
     return source, style, template, own, lambda file: (served | {"file": file}, None) if options.endpoint else M.load(source)
 
 
@@ -264,7 +271,8 @@ def judge_command(options) -> None:
     source, style, template, own, load = choose_model(options)
     samples = [data.Sample("", task, options.prompt, fit(of(shown, p) if generation else shown), [] if generation else of(names, p)) for p in pairs]
     orders, noun = (False, True) if options.votes or options.rank else (False,), data.candidate_noun(task)
-    results = judge_pairs(*load(config.ROOT / "runs" / "judge.replies.jsonl"), samples, options.mode, options.votes, orders, style, template, own)
+    with contextlib.redirect_stdout(sys.stderr):  # for --json what is said on the way is no part of the result
+        results = judge_pairs(*load(config.ROOT / "runs" / "judge.replies.jsonl"), samples, options.mode, options.votes, orders, style, template, own)
     said = {answer: text for text, answer in data.verdict_strings(task).items()} | {0: "undecided", None: "unreadable"}
     results = [{"candidates": of(names, pair), "verdict": said[result["answer"]]} | result for pair, result in zip(pairs, results)]
     ranks = ranking(pairs, results, names) if options.rank else []
@@ -282,12 +290,13 @@ def judge_command(options) -> None:
         print(f"verdict: {result['verdict']}")
 
 
+LIMITS = ("max_pixels", "frames", "pair_frames", "max_new_tokens", "batch_rows")
 OF_MODELS = {"--model": dict(help="checkpoint folder or hub name; the newest trained run if not given"),
              "--mode": dict(choices=("think", "answer"), default="think"), "--style": dict(choices=("short", "full"), help="if not the model's own"),
              "--prompt-file": dict(help="own text: {noun} {prompt} {dimensions} {verdicts} {answer_1} ..."),
              "--endpoint": dict(default="", help="server (vLLM: http://HOST:8000/v1) that has --model; without it the model is run here"),
              "--key-variable": dict(default="", help="NAME of the environment variable that holds the server's key"),
-             "--max-new-tokens": dict(type=int, default=2048), "--batch-rows": dict(type=int, default=256, help="completions decoded together")}
+             **{f"--{name.replace('_', '-')}": dict(type=int, help="in place of the run's own, or of the default") for name in LIMITS}}
 COMMANDS = {  # name: (function, or where it is, options as argparse takes them)
     "bench": ("results.bench:bench", {"--benchmark": dict(required=True, help="its name, see docs/real.md"),
                       "--path": dict(nargs="+", required=True, help="files or folder"),
@@ -297,8 +306,7 @@ COMMANDS = {  # name: (function, or where it is, options as argparse takes them)
         "runs": dict(nargs="+", help="run folders named seedN or seedN-WHAT, or files made by --keep"),
         "--keep": dict(help="folder for the judgements without their texts, 70 KB a run"), "--json": dict(help="FILE.json for the claims")}),
     "votes": ("results.votes:votes", {
-        "run": dict(help="run folder, for instance runs/small"), "--votes": dict(type=int, default=15, help="judgements of each pair"),
-        "--max-new-tokens": dict(type=int, default=160)}),
+        "run": dict(help="run folder, for instance runs/small"), "--votes": dict(type=int, default=15, help="judgements of each pair")}),
     "judge": (judge_command, {"media": dict(nargs="+", help="candidates, or what is asked about: images, folders of frames, frames of one video"),
                               "--task": dict(choices=data.TASKS, required=True), "--prompt": dict(required=True, help="caption or question"),
                               "--answer": dict(action="append", default=[], help="candidate of an understanding task; give two"),

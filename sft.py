@@ -56,8 +56,6 @@ def optimizer_for(model, own, weight_decay: float = 0.0) -> torch.optim.AdamW:
     the copies back into the model, which so has the numerics it is served with. Bytes per learning parameter: 2 (bf16) + 4 (copy) + 4
     (gradient) + 8 (moments) = 18 on the GPU; own.offload leaves 2 there and 16 in host memory, where the step is slower. fp32 weights under
     autocast would take as much, and every sampled token would wait for all weights to be cast."""
-    if own.offload and isinstance(model, FSDPModule):
-        raise config.UserError("run.shard and offload exclude each other; more processes leave less to each")
     if own.freeze_vision:
         M.freeze_vision(model)
     if own.gradient_checkpointing:
@@ -201,6 +199,10 @@ def run(stage: str, settings: config.Settings, folder: Path) -> str:
             return f"starts from {settings.model.path}"
         return importlib.import_module("base.pretrain").build_base(settings, folder)
     start, examples = start_and_examples(stage, settings, folder.parent)
+    if not examples:
+        file, others = ("distill/kept", "distill/dropped") if stage == "cold_start" else ("rejection/correct", "rejection/wrong")
+        raise config.UserError(f"{stage}: {folder.parent / file}.jsonl is empty, so there is nothing to train on; {others}.jsonl shows what came "
+                               "instead. Texts that are cut off need a larger max_new_tokens")
     count = round(own.replay * len(examples))
     replayed = practice_examples(stage, settings, folder, count) if count else []
     model, processor = M.load(start, shard=settings.run.shard)

@@ -13,6 +13,7 @@ import importlib
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import sys
@@ -262,10 +263,12 @@ def run_stages(default_stage: str, arguments: list, commands) -> None:
     if stage not in (allowed := [name for name, entry in STAGES.items() if entry[0] == STAGES[default_stage][0]]):
         raise UserError(f"--stage {stage}: {STAGES[default_stage][0]}.py runs {', '.join(allowed)}")
     settings = config.load_settings(options["--config"], overrides)
+    if settings.run.shard and (sections := [name for name, values in vars(settings).items() if getattr(values, "offload", False)]):
+        raise UserError(f"run.shard and offload exclude each other: {' '.join(f'--{name}.offload false' for name in sections)}")
     importlib.import_module("media").limits = settings.data
     out = Path(options.get("--out", ROOT / "runs" / Path(options["--config"]).stem)).resolve()
     given = {name: options[name] for name in ("--config", "--out") if name in options} | {f"--{name}": value for name, value in overrides}
-    command = " ".join(f"{name} {value}" for name, value in given.items())
+    command = " ".join(f"{name} {shlex.quote(value)}" for name, value in given.items())
     whole = stage in ("grpo", "evaluate")  # the last stages of the paper: end with the table
     if (explaining := "--explain" in options) and STAGES[stage][0] not in ("sft", "rejection", "grpo"):
         raise UserError(f"--explain is for sft.py, rejection.py and grpo.py, not for {stage}")

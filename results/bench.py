@@ -70,7 +70,8 @@ def read_benchmark(name: str, paths: list, folder: str | None = None) -> tuple:
             except (LookupError, ValueError, TypeError, AttributeError, OSError, config.UserError) as error:
                 broken.append(f"{file}, row {number}: {type(error).__name__}: {error}")
     if not samples:
-        raise config.UserError(f"{', '.join(paths)}: no row reads as {name}" + "".join(f"; {line}" for line in broken[:1]))
+        elsewhere = "; images or videos that are elsewhere: --media FOLDER" * any("no such file" in line for line in broken[:1])
+        raise config.UserError(f"{', '.join(paths)}: no row reads as {name}" + "".join(f"; {line}" for line in broken[:1]) + elsewhere)
     return samples, broken
 
 
@@ -93,7 +94,8 @@ def bench(options) -> None:
     samples, broken = read_benchmark(options.benchmark, options.path, options.media)
     out = Path(options.out or config.ROOT / "runs" / "bench" / f"{options.benchmark}-{'-'.join(Path(source).parts[-2:])}-{options.mode}.json")
     weights = [file.stat().st_mtime_ns for file in sorted(Path(source).glob("*.safetensors"))]
-    state = {"state": [{k: v for k, v in vars(options).items() if k not in ("out", "batch_rows", "key_variable")}, source, weights, style, template]}
+    shown = [own.max_new_tokens, *(getattr(media.limits, name) for name in ("max_pixels", "frames", "pair_frames"))]
+    state = {"state": [{k: v for k, v in vars(options).items() if k not in ("out", "batch_rows", "key_variable")}, source, weights, style, template, shown]}
     if out.suffix != ".json" or (out.exists() and not out.read_bytes().startswith(json.dumps(state, indent=1)[:-2].encode())):
         raise config.UserError(f"{out} is no .json file, or holds results of another model, benchmark or setting; give another --out")
     out.parent.mkdir(parents=True, exist_ok=True)

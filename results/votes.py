@@ -43,13 +43,14 @@ def votes(options) -> None:
     run, checkpoint = Path(options.run), Path(options.run) / "grpo"
     if not (checkpoint / "done.json").is_file() or options.votes < 1:
         raise config.UserError(f"{checkpoint} holds no finished model: python grpo.py makes one; --votes is 1 or more")
-    evaluate.settings_of(run)
-    samples, own = data.read_samples(run / "data" / "test.jsonl"), config.Evaluate(max_new_tokens=options.max_new_tokens)
+    samples, own = data.read_samples(run / "data" / "test.jsonl"), evaluate.settings_of(run, options).evaluate
     model, processor, made = *M.load(str(checkpoint)), []
     for turns, count in ((True, -(-options.votes // 2)), (False, options.votes)):  # an official row of understanding is judged as given only
         some = [sample for sample in samples if sample.turns == turns]
         results = evaluate.judge_pairs(model, processor, some, votes=count, own=own, label="voting")
         made += [([row["answer"] for row in result["judgements"]][: options.votes], sample.label) for sample, result in zip(some, results)]
+    said = [answer for answers, _ in made for answer in answers]
+    print(f"{said.count(None)} of {len(said)} judgements cannot be read\n")
     print(markdown(["votes", "accuracy %"], [[k, f"{100 * accuracy_of(made, k):.1f}"] for k in (1, 3, 5, 9, 15) if k <= options.votes]))
     print(markdown(["share of the winner's votes", "pairs", "mean share %", "winner right %"],
                    [[f"{low:.0%} to {high:.0%}", pairs, f"{100 * share:.1f}", f"{100 * right:.1f}"] for low, high, pairs, share, right in calibration(made)]))

@@ -527,10 +527,17 @@ def test_a_benchmark_and_a_pair_are_judged_by_a_server_of_any_model(samples, ser
         cell = json.loads((tmp_path / "vl-72b.json").read_text())["metrics"]["hallucination"]
         assert (cell["accuracy"], cell["orders_agree"], cell["pairs"]) == (0.5, 0.0, 1) and len(server.seen) == 3
     assert all(row["body"]["model"] == "big-72b" and row["authorization"] == f"Bearer {KEY}" for row in server.seen) and not holds_key(tmp_path)
+    assert "2 of 2 replies are there from before" in capsys.readouterr().out
     pair = ["--task", sample.task, "--prompt", sample.prompt, "--answer", sample.answers[0], "--answer", sample.answers[1], sample.media[0]]
     capsys.readouterr()
     evaluate.command_line("judge", [*pair, *served])
     assert "verdict: Answer 1 is better" in capsys.readouterr().out and len(server.seen) == 4
+    for number in (1, 2, 2):  # a checkpoint of a run: named by its stage, its turn begun, asked again after it was trained again
+        (tmp_path / "run" / "grpo").mkdir(parents=True, exist_ok=True)
+        (tmp_path / "run" / "grpo" / "done.json").write_text(json.dumps({"id": f"grpo {number}"}))
+        evaluate.command_line("judge", [*pair, "--json", "--endpoint", server.url, "--model", str(tmp_path / "run" / "grpo")])
+        assert json.loads(capsys.readouterr().out)["style"] == "short" and len(server.seen) == 4 + number
+    assert server.seen[-1]["body"]["model"] == "grpo" and server.seen[-1]["body"]["messages"][-1] == {"role": "assistant", "content": data.THINK}
 
 
 def test_a_pair_is_decided_by_both_orders_in_the_numbering_given(samples, serve, tmp_path):

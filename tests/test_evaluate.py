@@ -493,7 +493,7 @@ def test_without_model_the_newest_run_is_taken_and_its_style_known(tmp_path, mon
     for age, name in enumerate(["old/cold_start", "old/grpo", "new/grpo", "newest/rejection_sft"]):
         (tmp_path / "runs" / name).mkdir(parents=True)
         done = tmp_path / "runs" / name / "done.json"
-        done.write_text("{}")
+        done.write_text('{"id": "1"}')
         os.utime(done, (age + 1, age + 1))
         expected = {0: "old/cold_start", 1: "old/grpo", 2: "new/grpo", 3: "new/grpo"}[age]  # GRPO before any earlier stage
         assert evaluate.choose_model(options)[:2] == (str(tmp_path / "runs" / expected), "short")

@@ -32,6 +32,7 @@ import stages
 
 BASE = str(ROOT / "configs" / "small-base")
 STAGE = "data.py --config smoke --out {0}/run --data.distill_pairs 1 --data.pool {0}/pairs.jsonl"
+BENCH = f"evaluate.py bench --model {BASE} --benchmark"
 JUDGE = f"evaluate.py judge --task image_generation --prompt x --max-new-tokens 2 {{0}}/0.png {{0}}/1.png --model {BASE}"
 
 
@@ -113,6 +114,7 @@ CASES = {  # what is wrong: (command line, what the line has to say[, what makes
     "a served stage misspelt": (SETTING + " --evaluate.served grpoo", "evaluate.served takes"),
     "blanks between served stages": (SETTING + " --evaluate.served", "evaluate.served takes", None, "grpo, base"),
     "heads that do not divide the width": ("sft.py --config smoke --out {0}/run --stage base --base.rebuild true --model.heads 3", "model.heads"),
+    "sharded weights in host memory": (SETTING + " --run.shard true --grpo.offload true", "exclude each other: --grpo.offload false"),
     "a setting without a value": (SETTING + " --grpo.steps", "needs a value"),
     "a word too many": ("grpo.py smoke", "unexpected argument"),
     "an unknown option": (SETTING + " --fast 1", "unknown option --fast"),
@@ -155,11 +157,11 @@ CASES = {  # what is wrong: (command line, what the line has to say[, what makes
     "judge: placeholder unknown": (JUDGE + " --prompt-file {0}/p.txt", "the placeholders of", put("p.txt", "{caption}")),
     "judge: placeholder with a dot": (JUDGE + " --prompt-file {0}/p.txt", "the placeholders of", put("p.txt", "{prompt.x}")),
     "judge: a text that does not fit": (JUDGE + " --prompt-file {0}/p.txt", "tokens, and the model takes 4096", put("p.txt", "word " * 20_000)),
-    "bench: no file": ("evaluate.py bench --benchmark genai_video --path {0}/none.json", "no such file"),
-    "bench: no rows": ("evaluate.py bench --benchmark genai_video --path {0}/b.json", "no row reads as", put("b.json", '{"x": 1}')),
-    "bench: rows no objects": ("evaluate.py bench --benchmark genai_video --path {0}/b.json", "no row reads as", put("b.json", "[1, 2]")),
-    "bench: no UTF-8": ("evaluate.py bench --benchmark videogen_rewardbench --path {0}/b.csv", "b.csv", put("b.csv", b"\xff\xfe\n1")),
-    "bench: unknown benchmark": ("evaluate.py bench --benchmark x --path {0}/b.csv", "none of vl_rewardbench"),
+    "bench: no file": (f"{BENCH} genai_video --path {{0}}/none.json", "no such file"),
+    "bench: no rows": (f"{BENCH} genai_video --path {{0}}/b.json", "no row reads as", put("b.json", '{"x": 1}')),
+    "bench: rows no objects": (f"{BENCH} genai_video --path {{0}}/b.json", "no row reads as", put("b.json", "[1, 2]")),
+    "bench: no UTF-8": (f"{BENCH} videogen_rewardbench --path {{0}}/b.csv", "b.csv", put("b.csv", b"\xff\xfe\n1")),
+    "bench: unknown benchmark": (f"{BENCH} x --path {{0}}/b.csv", "none of vl_rewardbench"),
     "compare: results missing": ("evaluate.py compare {0}/a.json {0}/b.json", "a.jsonl"),
     "compare: results broken off": ("evaluate.py compare {0}/a.json {0}/a.json", "a.jsonl, line 1", put("a.jsonl", '{"id"')),
     "report: no folder": ("report.py {0}/none", "RUN_FOLDER"),

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import random
+import re
 import subprocess
 import sys
 from fractions import Fraction
@@ -565,14 +566,37 @@ def test_a_mix_is_its_sources_one_after_the_other(folder):
     assert len(repeated) == 12 and len({s.id for s in repeated}) == 12, "judgements are kept by id"
 
 
-def test_what_has_no_source_is_drawn_as_before(folder, tmp_path):
+def test_what_has_no_source_is_drawn_as_before_and_said(folder, tmp_path, capsys):
     without = stage(folder / "without")
+    assert "small world" not in capsys.readouterr().out
     assert {split: len(samples) for split, samples in without.items()} == {"distill": 24, "pool": 24, "test": 16, "heldout": 8, "ties": 6}
     source = write(folder / "pairs.jsonl", pairs())
     with_pool = stage(folder / "pool", pool=source)
+    assert re.findall(r"(\w+): data.(\w+) names no files", capsys.readouterr().out) == [("distill", "distill"), ("test", "test")]
     assert {split: len(samples) for split, samples in with_pool.items()} == {"distill": 1, "pool": 5, "test": 4, "heldout": 4, "ties": 2}
     assert with_pool["distill"][0].prompt == without["distill"][0].prompt, "the same drawing as without the source"
     assert set(stage(folder / "test", test=source)) == {"distill", "pool", "test"}
+
+
+def test_test_pairs_that_are_learnt_from_are_counted_in_whatever_order_they_stand(folder, capsys):
+    turned = pairs()[0] | {"id": "z", "media": pairs()[0]["media"][::-1], "label": 2}
+    learnt, tested = write(folder / "learnt.jsonl", pairs()[:3]), write(folder / "tested.jsonl", [turned, *pairs()[2:4]])
+    stage(folder / "run", distill=learnt, pool=learnt, test=tested)
+    assert "   test: 2 of its pairs are learnt from, too\n" in capsys.readouterr().out
+
+
+def test_a_checkpoint_of_a_run_is_shown_what_it_was_shown_there_unless_flags_say_otherwise(folder, limits):
+    import argparse
+    import evaluate
+
+    shown = lambda **given: (evaluate.settings_of(folder / "run", argparse.Namespace(**given)).evaluate.max_new_tokens, media.limits.max_pixels, media.limits.frames)
+    assert shown() == (2048, 512 * 512, 8)
+    for name, values in (("data", {"max_pixels": 5000, "frames": 3}), ("evaluate", {"max_new_tokens": 77})):
+        (folder / "run" / name).mkdir(parents=True)
+        (folder / "run" / name / "done.json").write_text(json.dumps({"id": name, "settings": {name: values}}))
+    assert shown() == (77, 5000, 3) and shown(max_pixels=None, frames=4, max_new_tokens=5) == (5, 5000, 4)
+    with pytest.raises(config.UserError, match="--pair-frames is 1 or more"):
+        shown(pair_frames=0)
 
 
 def test_a_run_on_ones_own_test_is_evaluated_without_the_small_worlds_splits(folder, tiny):
