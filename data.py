@@ -368,12 +368,12 @@ def run(stage: str, settings: config.Settings, out: Path) -> str:
 
     splits = ["distill", "pool", "test"]
     named = [split for split in splits if getattr(settings.data, split)]
-    for split in splits if named else []:
-        if split not in named:
-            print(f"   {split}: data.{split} names no files, so pairs of the small world are drawn", flush=True)
+    for split in [split for split in splits if named and split not in named]:
+        print(f"   {split}: data.{split} names no files, so pairs of the small world are drawn", flush=True)
     splits += ["heldout", "ties"] * (not settings.data.test)
     counts = {split: (write_sources if split in named else shapes.draw_split)(split, settings, out) for split in splits}
-    content = lambda s: (s.task, s.prompt, s.problem, *sorted(map(str, s.media)), *sorted(s.answers))  # in whatever order
+    config.wait_for_all()  # the first process has written them
+    content = lambda s: (s.task, s.prompt, s.problem, *sorted(map(str, s.media)), *sorted(s.answers))
     learnt, tested = ({content(s) for split in some for s in read_samples(out / f"{split}.jsonl")} for some in (splits[:2], splits[2:3]))
     if twice := len(learnt & tested):
         print(f"   test: {twice} of its pairs are learnt from, too", flush=True)
@@ -415,20 +415,17 @@ def usable(row: dict, folder: Path, own: config.Data) -> Sample:
 
 
 def sources(split: str, own: config.Data) -> list:
-    """[(source, file, strategy of `pick`)] of the mix that own.distill, pool or test names; UserError: no such file."""
-    found = []
-    for source in filter(None, map(str.strip, getattr(own, split).split(","))):
-        path, strategy = re.fullmatch(r"(.+?)(?:@(all|(?:first|end|random):[0-9]+|[0-9]+%))?", source).groups("all")
-        if not Path(path).is_file():
-            raise config.UserError(f"data.{split}: no file {path}; a source is PATH, PATH@all, PATH@first:N, PATH@end:N, PATH@random:N or PATH@N%")
-        found.append((source, Path(path), strategy))
-    return found
+    """[(source, path, strategy of `pick`)] of the mix that own.distill, pool or test names."""
+    found = filter(None, map(str.strip, getattr(own, split).split(",")))
+    return [(source, *re.fullmatch(r"(.+?)(?:@(all|(?:first|end|random):[0-9]+|[0-9]+%))?", source).groups("all")) for source in found]
 
 
 def write_sources(split: str, settings: config.Settings, out: Path) -> int:
     """Reads the mix of sources of a split into out/SPLIT.jsonl; returns the number of pairs. Reasoning is a forced choice: ties are left out."""
     own, rng, bad, samples = settings.data, random.Random(f"{settings.run.seed}/{split}"), [], []
     for source, path, strategy in sources(split, own):
+        if not Path(path).is_file():
+            raise config.UserError(f"data.{split}: no file {path}; a source is PATH, PATH@all, PATH@first:N, PATH@end:N, PATH@random:N or PATH@N%")
         read, choose, before = lambda row, folder: usable(row, folder, own), lambda rows: pick(rows, strategy, rng), len(samples)
         samples += read_rows(path, read, choose, bad, f"{split}: {path}")
         print(f"   {split}: {len(samples) - before} pairs from {source}", flush=True)

@@ -152,7 +152,8 @@ def fetch(asked: dict, own: config.Server, url: str, request: dict, file: Path, 
     rows, problems, lock = read_replies(file), [], threading.Lock()
     missing = dict.fromkeys(asked.keys() - {row["key"] for row in rows})
     total = lambda name: sum(row[name] for row in rows)
-    reserve = lambda: own.concurrency * max([own.max_new_tokens * own.price_out / 1e6] + [row["cost"] for row in rows])  # for what is under way
+    costs = lambda: [row["cost"] for row in rows if row["key"] in asked]  # others may have cost less
+    reserve = lambda: own.concurrency * max([own.max_new_tokens * own.price_out / 1e6] + costs())  # for what is under way
 
     def one(key: str) -> None:
         sample, parts = asked[key]
@@ -176,7 +177,7 @@ def fetch(asked: dict, own: config.Server, url: str, request: dict, file: Path, 
     keys = [key for key in asked if key in missing]
     if len(keys) < len(asked):
         print(f"   {label}: {len(asked) - len(keys)} of {len(asked)} replies are there from before", flush=True)
-    for key in keys[:1] if own.max_cost and not rows else []:  # what a prompt costs is known from its reply only
+    for key in keys[:1] if own.max_cost and not costs() else []:  # what a prompt costs is known from its reply only
         one(key)
     with ThreadPoolExecutor(own.concurrency) as pool:
         list(pool.map(one, [key for key in keys if key in missing]))

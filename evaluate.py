@@ -175,13 +175,14 @@ def run(stage: str, settings: config.Settings, folder: Path) -> str:
 
 # ----------------------------------------------------------------------------------------------- judging pairs of one's own
 
-def settings_of(run: Path, options) -> config.Settings:
+def settings_of(run: Path, options=None) -> config.Settings:
     """Those of a run's data, base and evaluation, or the defaults, if `run` is none; `options` that are given come first. Pictures and clips are
     shown by them from here on."""
     settings = config.Settings()
     for stage in ("data", "base", "evaluate"):
         for section, values in stages.read_facts(run / stage / "done.json").get("settings", {}).items():
-            vars(getattr(settings, section)).update(values)
+            known = vars(getattr(settings, section, None) or config.Run())  # what another version wrote may have other names
+            known.update({name: value for name, value in values.items() if name in known})
     for section, names in ((settings.data, LIMITS[:3]), (settings.evaluate, LIMITS[3:])):
         vars(section).update({name: getattr(options, name) for name in names if getattr(options, name, None) is not None})
         if wrong := [name for name in names if getattr(section, name) < 1]:
@@ -206,9 +207,9 @@ def choose_model(options) -> tuple:
     template = config.read_text(file) if file else ""
     if file and not template.strip():
         raise config.UserError(f"--prompt-file {file}: it is empty")
-    stage, run = Path(source).name, Path(source).parent
-    settings, made_here = settings_of(run, options), stages.made_by(stage, run)
-    trained = Path(source, "figures.json").is_file() or made_here and stages.style(options.mode, settings, run) == "short"
+    stage, run = Path(source).absolute().name, Path(source).absolute().parent
+    settings, made_here, moved = settings_of(run, options), stages.made_by(stage, run), not stages.made_by("base", run)
+    trained = Path(source, "figures.json").is_file() or made_here and (moved or stages.style(options.mode, settings, run) == "short")
     style = options.style or ("short" if trained else "full")
     print(f"model: {source} ({style} prompts)", file=sys.stderr)
     own = config.dataclasses.replace(settings.evaluate, key_variable=options.key_variable)

@@ -37,8 +37,6 @@ def explain_sft(stage: str, settings: config.Settings, out: Path) -> None:
     if stage == "base":
         raise config.UserError("--explain shows the later stages; the base's exercises are in base/*.jsonl after --base.rebuild true")
     own, (start, examples) = getattr(settings, stage), sft.start_and_examples(stage, settings, out)
-    if not examples:
-        raise config.UserError(f"{stage}: there is nothing to train on")
     model, processor = M.load(start)
     batch = next(sft.batches(examples, own.batch_size, f"{settings.run.seed}/{stage}"))
     batch = [sft.encode_example(processor, model, example) for example in batch]

@@ -182,13 +182,16 @@ def practice_examples(stage: str, settings: config.Settings, folder: Path, count
 
 
 def start_and_examples(stage: str, settings: config.Settings, out: Path) -> tuple:
-    """(path of the weights that a stage goes on training, its [(content parts, response)])."""
+    """(path of the weights that a stage goes on training, its [(content parts, response)]). UserError: there are none."""
     start = {"cold_start": "base", "rejection_sft": "cold_start", "direct_sft": "base"}[stage]
-    file = out / ("distill/kept.jsonl" if stage == "cold_start" else "rejection/correct.jsonl")
-    examples = data.read_conversations(file)
+    file, others = ("distill/kept.jsonl", "dropped.jsonl") if stage == "cold_start" else ("rejection/correct.jsonl", "wrong.jsonl")
+    examples = data.read_conversations(out / file)
+    if not examples:
+        raise config.UserError(f"{stage}: {out / file} is empty, so there is nothing to train on; {others} beside it has what came instead. "
+                               "Texts that are cut off need a larger max_new_tokens")
     if stage == "direct_sft":
         style, verdict = stages.style("answer", settings, out), lambda s: f"<answer>{data.verdict_string(s.task, s.label)}</answer>"
-        examples = [(data.build_prompt(s, "answer", style), verdict(s)) for s in data.read_samples(file)]
+        examples = [(data.build_prompt(s, "answer", style), verdict(s)) for s in data.read_samples(out / file)]
     return stages.checkpoint(start, settings, out), examples
 
 
@@ -199,10 +202,6 @@ def run(stage: str, settings: config.Settings, folder: Path) -> str:
             return f"starts from {settings.model.path}"
         return importlib.import_module("base.pretrain").build_base(settings, folder)
     start, examples = start_and_examples(stage, settings, folder.parent)
-    if not examples:
-        file, others = ("distill/kept", "distill/dropped") if stage == "cold_start" else ("rejection/correct", "rejection/wrong")
-        raise config.UserError(f"{stage}: {folder.parent / file}.jsonl is empty, so there is nothing to train on; {others}.jsonl shows what came "
-                               "instead. Texts that are cut off need a larger max_new_tokens")
     count = round(own.replay * len(examples))
     replayed = practice_examples(stage, settings, folder, count) if count else []
     model, processor = M.load(start, shard=settings.run.shard)

@@ -2,8 +2,8 @@
 
     python SCRIPT.py --config NAME [--section.key value ...] [--stage STAGE] [--out DIR] [--force] [--explain]
 
-Every stage writes runs/NAME/STAGE/. Running one first runs the stages before it whose output is missing or was made with other settings or
-rows, and prints the command for each. done.json, written last, makes a stage count.
+Every stage writes runs/NAME/STAGE/. Running one first runs the stages before it whose output is missing or was made with other settings,
+rows or files, and prints the command for each. done.json, written last, makes a stage count.
 """
 
 import dataclasses
@@ -67,8 +67,9 @@ def checkpoint(stage: str, settings: Settings, out: Path) -> str:
 
 def style(mode: str, settings: Settings, out: Path) -> str:
     """Of the chain's prompts (data.build_prompt). Whoever is to think was trained on the short ones. Bare verdicts are also asked of a base from
-    elsewhere, which never saw them: it gets the full ones, and so do all that are compared with it. figures.json: the base was trained here."""
-    return "short" if mode == "think" or Path(checkpoint("base", settings, out), "figures.json").is_file() else "full"
+    elsewhere, which never saw them: it gets the full ones, and so do all that are compared with it. One of these files: it was trained here."""
+    here = any(Path(checkpoint("base", settings, out), name).is_file() for name in ("figures.json", "done.json"))
+    return "short" if mode == "think" or here else "full"
 
 
 def inputs(stage: str, settings: Settings) -> list:
@@ -97,16 +98,18 @@ def rows_of(stage: str, out: Path) -> dict:
 
 
 def made_of(stage: str, settings: Settings, out: Path) -> dict:
-    """What decides the result of a stage, by name: its settings, the files they name, which runs of the stages it reads, and the rows that these
-    wrote. UserError: one of the files is not there."""
-    read, files = inputs(stage, settings), []
+    """What decides the result of a stage, by name: its settings, the files they name (one that is gone counts as it was), which runs of the stages
+    it reads, and the rows that these wrote."""
+    read, files, was = inputs(stage, settings), {}, read_facts(out / stage / "done.json").get("made_of", {})
     facts = {f"{section}.{key}": value for section in STAGES[stage][2] for key, value in config.shaping(getattr(settings, section)).items()}
     if stage == "data":
-        files = [path for split in ("distill", "pool", "test") for _, path, _ in importlib.import_module("data").sources(split, settings.data)]
+        named = [one for split in ("distill", "pool", "test") for one in importlib.import_module("data").sources(split, settings.data)]
+        files = {path: Path(path) for _, path, _ in named}
     if stage == "base" and settings.model.path and not settings.base.rebuild:
-        files = sorted(Path(checkpoint(stage, settings, out)).glob("*.safetensors"))
-    rows = {str(file): digest(file) for file in files} | {name: value for s in read for name, value in rows_of(s, out).items()}
-    return facts | rows | {"run.seed": settings.run.seed} | {s: made_by(s, out) for s in read}
+        files = {f"model.path/{file.name}": file for file in Path(checkpoint(stage, settings, out)).glob("*.safetensors")}
+    files = {name: digest(file) if file.is_file() else was.get(name) for name, file in files.items()}
+    rows = {name: value for s in read for name, value in rows_of(s, out).items()}
+    return facts | files | rows | {"run.seed": settings.run.seed} | {s: made_by(s, out) for s in read}
 
 
 def is_done(stage: str, settings: Settings, out: Path) -> bool:

@@ -18,7 +18,7 @@ import numpy as np
 import config
 import data
 import media
-from evaluate import choose_model, find_media, interval, judge, pair_scores, summarise, tie_metrics
+from evaluate import LIMITS, choose_model, find_media, interval, judge, pair_scores, summarise, tie_metrics
 from report import percent
 
 BENCHMARKS = {  # the released layouts: (task, keys of the prompt, the media, the answers and the label); "|" between spellings of one key
@@ -95,7 +95,7 @@ def bench(options) -> None:
     out = Path(options.out or config.ROOT / "runs" / "bench" / f"{options.benchmark}-{'-'.join(Path(source).parts[-2:])}-{options.mode}.json")
     weights = [file.stat().st_mtime_ns for file in sorted(Path(source).glob("*.safetensors"))]
     shown = [own.max_new_tokens, *(getattr(media.limits, name) for name in ("max_pixels", "frames", "pair_frames"))]
-    state = {"state": [{k: v for k, v in vars(options).items() if k not in ("out", "batch_rows", "key_variable")}, source, weights, style, template, shown]}
+    state = {"state": [{k: v for k, v in vars(options).items() if k not in ("out", "key_variable", *LIMITS)}, source, weights, style, template, shown]}
     if out.suffix != ".json" or (out.exists() and not out.read_bytes().startswith(json.dumps(state, indent=1)[:-2].encode())):
         raise config.UserError(f"{out} is no .json file, or holds results of another model, benchmark or setting; give another --out")
     out.parent.mkdir(parents=True, exist_ok=True)

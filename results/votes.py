@@ -1,7 +1,8 @@
 """How much voting helps, and whether the share of the votes says how sure to be: `python evaluate.py votes RUN --votes 15`.
 
-Every test pair is judged K times at temperature 1, half of them in each order (an odd one out as given). The accuracy of k votes is the mean over the
-pairs and over draws of k of the K judgements; an undecided vote counts half. Calibration: the pairs by the share of votes that the winner got.
+Every test pair is judged K times at temperature 1, half of them in each order (an odd one out as given, and all of a pair that cannot be turned).
+The accuracy of k votes is the mean over the pairs and over draws of k of the K judgements; an undecided vote counts half. Calibration: the pairs by
+the share of votes that the winner got.
 """
 
 import random

@@ -95,7 +95,7 @@ def test_a_base_from_elsewhere_is_told_the_verdicts_and_what_is_compared_with_it
         settings = config.load_settings("smoke", [("model.path", str(base))])
         _, examples = sft.start_and_examples("direct_sft", settings, chain[0])
         assert examples and all(asked in parts[-1]["text"] for parts, _ in examples)
-        assert stages.style("think", settings, chain[0]) == "short" and stages.style("answer", config.load_settings("smoke", []), chain[0]) == "short"
+    assert stages.style("answer", config.load_settings("smoke", []), chain[0]) == "short", "trained in the run itself"
 
 
 def test_filters_sort_by_label_and_lose_nothing(chain):

@@ -503,7 +503,7 @@ def test_without_model_the_newest_run_is_taken_and_its_style_known(tmp_path, mon
     of = lambda mode: evaluate.choose_model(Namespace(**vars(options) | {"model": str(tmp_path / "runs" / "new" / "grpo"), "mode": mode}))[1]
     for base, direct in ((BASE, "short"), (tmp_path / "elsewhere", "full")):  # which bare verdicts were asked of a base from elsewhere with
         (tmp_path / "runs" / "new" / "base").mkdir(exist_ok=True)
-        (tmp_path / "runs" / "new" / "base" / "done.json").write_text(json.dumps({"settings": {"model": {"path": str(base)}}}))
+        (tmp_path / "runs" / "new" / "base" / "done.json").write_text(json.dumps({"id": "base 1", "settings": {"model": {"path": str(base)}}}))
         assert (of("think"), of("answer")) == ("short", direct)
     assert evaluate.choose_model(Namespace(**vars(options) | {"model": "someone/model", "style": "short"}))[:2] == ("someone/model", "short")
 

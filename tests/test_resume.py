@@ -232,9 +232,13 @@ def test_a_changed_source_file_makes_the_data_anew_and_other_weights_a_new_base(
     assert before[str(rows)] == hashlib.sha256(b"one\n").hexdigest()[:16] and facts("data") == before and facts("base") == base
     rows.write_text("two\n"), weights.write_bytes(bytes(5 * 10**5) + b"\1" * (5 * 10**5))
     assert facts("data") != before and facts("base") != base
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "done.json").write_text(json.dumps({"made_of": facts("data")}))
+    assert stages.is_done("data", settings, tmp_path)
     rows.unlink()
-    with pytest.raises(config.UserError, match="data.pool: no file"):
-        facts("data")
+    assert stages.is_done("data", settings, tmp_path), "the run has its own copy of the rows"
+    rows.write_text("three\n")
+    assert not stages.is_done("data", settings, tmp_path)
 
 
 # ------------------------------------------------------------------------------------------------------------------ faults

@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 
 import config
+import data
 import evaluate
+import model as M
 from results import votes
 
 
@@ -26,6 +28,20 @@ def test_calibration_sorts_pairs_by_the_winners_share():
     cast = [([1] * 9 + [2], 1), ([1] * 9 + [2], 2), ([1] * 6 + [2] * 4, 1), ([1] * 5 + [2] * 5, 1), ([2] * 10, 2)]
     assert votes.calibration(cast) == [(0.6, 0.7, 1, 0.6, 1.0), (0.9, 1.0, 2, pytest.approx(0.9), 0.5), (1.0, 1.0, 1, 1.0, 1.0)]
     assert votes.calibration([([1] * 3 + [2] + [None] * 9, 1)]) == [(0.7, 0.8, 1, 0.75, 1.0)], "what cannot be read is nobody's vote"
+
+
+def test_a_pair_that_cannot_be_turned_has_all_its_votes_as_given(tiny, samples, tmp_path, capsys):
+    official = config.dataclasses.replace(next(s for s in samples if s.task == "image_understanding"), problem="Which answer is better?")
+    (tmp_path / "data").mkdir()
+    data.write_jsonl(tmp_path / "data" / "test.jsonl", [data.sample_row(s) for s in (samples[0], config.dataclasses.replace(official, prompt="", answers=[]))])
+    assert [s.turns for s in data.read_samples(tmp_path / "data" / "test.jsonl")] == [True, False]
+    (tmp_path / "evaluate").mkdir()
+    (tmp_path / "evaluate" / "done.json").write_text('{"settings": {"evaluate": {"max_new_tokens": 4}, "of another version": {"x": 1}}}')
+    M.save(*tiny, tmp_path / "grpo")
+    (tmp_path / "grpo" / "done.json").write_text('{"id": "grpo 1"}')
+    evaluate.command_line("votes", [str(tmp_path), "--votes", "5"])
+    printed = capsys.readouterr().out
+    assert "10 of 10 judgements cannot be read" in printed and "| 5 | 50.0 |" in printed
 
 
 def test_a_run_without_a_model_is_refused(tmp_path):
