@@ -1,6 +1,6 @@
 """The paper's claims C1 to C6 over several seeds, the stage table with error bars, and one row for each thing that was changed.
 
-    for seed in $(seq 0 16); do python grpo.py --config small --out runs/seed$seed --run.seed $seed; done
+    for seed in $(seq 0 24); do python grpo.py --config small --out runs/seed$seed --run.seed $seed; done
     cp -r runs/seed0 runs/seed0-beta0 && python grpo.py --config small --out runs/seed0-beta0 --run.seed 0 --grpo.beta 0
     python evaluate.py table runs/seed*                      # or from what --keep wrote: results/seed*.jsonl.gz
 
