@@ -372,11 +372,12 @@ def run(stage: str, settings: config.Settings, out: Path) -> str:
         print(f"   {split}: data.{split} names no files, so pairs of the small world are drawn", flush=True)
     splits += ["heldout", "ties"] * (not settings.data.test)
     counts = {split: (write_sources if split in named else shapes.draw_split)(split, settings, out) for split in splits}
-    config.wait_for_all()  # the first process has written them
-    content = lambda s: (s.task, s.prompt, s.problem, *sorted(map(str, s.media)), *sorted(s.answers))
-    learnt, tested = ({content(s) for split in some for s in read_samples(out / f"{split}.jsonl")} for some in (splits[:2], splits[2:3]))
-    if twice := len(learnt & tested):
-        print(f"   test: {twice} of its pairs are learnt from, too", flush=True)
+    if "test" in named:
+        config.wait_for_all()  # the first process has written them
+        content = lambda s: (s.task, s.prompt, s.problem, *sorted(map(str, s.media)), *sorted(s.answers))
+        learnt, tested = ({content(s) for split in some for s in read_samples(out / f"{split}.jsonl")} for some in (splits[:2], splits[2:]))
+        if twice := len(learnt & tested):
+            print(f"   test: {twice} of its pairs are learnt from, too", flush=True)
     return ", ".join(f"{split} {count}" for split, count in counts.items()) + " pairs"
 
 

@@ -181,8 +181,9 @@ def settings_of(run: Path, options=None) -> config.Settings:
     settings = config.Settings()
     for stage in ("data", "base", "evaluate"):
         for section, values in stages.read_facts(run / stage / "done.json").get("settings", {}).items():
-            known = vars(getattr(settings, section, None) or config.Run())  # what another version wrote may have other names
-            known.update({name: value for name, value in values.items() if name in known})
+            for name, value in values.items():
+                if hasattr(getattr(settings, section, None), name):  # what another version wrote may have other names
+                    setattr(getattr(settings, section), name, value)
     for section, names in ((settings.data, LIMITS[:3]), (settings.evaluate, LIMITS[3:])):
         vars(section).update({name: getattr(options, name) for name in names if getattr(options, name, None) is not None})
         if wrong := [name for name in names if getattr(section, name) < 1]:

@@ -194,11 +194,11 @@ def run(stage: str, settings: config.Settings, folder: Path) -> str:
     turn = lambda sample, rng: sample.swapped() if own.random_order and sample.turns and rng.random() < 0.5 else sample
     drawn = batches(samples, own.prompts_per_step, f"{settings.run.seed}/{stage}", turn)
     practice = practice_examples(stage, settings, folder, replay * own.steps) if replay else []
-    drawn = zip(drawn, batches(practice, replay, f"{settings.run.seed}/{stage}/replay"))
+    style, drawn = stages.style(own.mode, settings, out), zip(drawn, batches(practice, replay, f"{settings.run.seed}/{stage}/replay"))
     # One batch a step, whatever the step does with it: a run that goes on after a stop skips as many as there were steps.
     for step, (batch, replayed) in steps_to_go(drawn, own.steps, stage, folder, model, optimizer, own.save_minutes):
         clock, mine = [time.time()], config.share(batch)  # the prompts of this process; all of them, where it is the only one
-        prompts = encode_prompts(processor, model, mine, own.mode, stages.style(own.mode, settings, out))
+        prompts = encode_prompts(processor, model, mine, own.mode, style)
         draw = random.Random(f"{settings.run.seed}/{stage}/{step}")  # what is sampled depends on step and prompt, not on the process
         seeds = config.share([draw.getrandbits(32) for _ in batch])
         made, texts, rewards = rollout(model, processor, mine, own, prompts, seeds)

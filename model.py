@@ -190,7 +190,7 @@ def encode(processor: Processor, model, parts: list, prefix: str = "", response:
     text cannot open a turn or add a placeholder. `prefix` is opened after the assistant's turn ("<think>"); `response`, for SFT, adds
     its tokens and EOS, and "prompt_length" says where they begin. UserError: longer than the model takes, or a medium that cannot be read."""
     tokenizer, kinds = processor.tokenizer, {model.config.image_token_id: 1, model.config.video_token_id: 2}
-    parts = [part | {"video": media.fit_clips([part["video"]], media.limits.frames)[0]} if part["type"] == "video" else part for part in parts]
+    parts = [part | {"video": media.fit_clips([part["video"]])[0]} if part["type"] == "video" else part for part in parts]
     tiled = model.config.model_type != "llava_onevision" or sum(part["type"] == "image" for part in parts) == 1
     texts, *pictures = (iter([part for part in parts if part["type"] == name]) for name in ("text", "image", "video"))
     ids, grids, patches = [], {1: [], 2: []}, {1: [], 2: []}

@@ -49,7 +49,8 @@ def read_rows(path: Path) -> list:
 
 def judged_of(stage: str, out: Path) -> list:
     """The checkpoint and the pairs that the judgements of a stage are of, as they are now."""
-    return [stages.made_by(stage, out), stages.made_by("data", out), stages.rows_of("data", out)]
+    files = {split: out / "data" / f"{split}.jsonl" for split in SPLITS}
+    return [stages.made_by(stage, out), stages.made_by("data", out), {split: stages.digest(file) for split, file in files.items() if file.is_file()}]
 
 
 def read_results(out: Path) -> list:

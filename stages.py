@@ -92,11 +92,6 @@ def digest(file: Path) -> str:
         return f"{size} {made.hexdigest()[:16]}"
 
 
-def rows_of(stage: str, out: Path) -> dict:
-    """{STAGE/FILE: digest} of the rows that a stage wrote."""
-    return {f"{stage}/{file.name}": digest(file) for file in sorted((out / stage).glob("*.jsonl"))}
-
-
 def made_of(stage: str, settings: Settings, out: Path) -> dict:
     """What decides the result of a stage, by name: its settings, the files they name (one that is gone counts as it was), which runs of the stages
     it reads, and the rows that these wrote."""
@@ -108,7 +103,7 @@ def made_of(stage: str, settings: Settings, out: Path) -> dict:
     if stage == "base" and settings.model.path and not settings.base.rebuild:
         files = {f"model.path/{file.name}": file for file in Path(checkpoint(stage, settings, out)).glob("*.safetensors")}
     files = {name: digest(file) if file.is_file() else was.get(name) for name, file in files.items()}
-    rows = {name: value for s in read for name, value in rows_of(s, out).items()}
+    rows = {f"{s}/{file.name}": digest(file) for s in read for file in (out / s).glob("*.jsonl")}
     return facts | files | rows | {"run.seed": settings.run.seed} | {s: made_by(s, out) for s in read}
 
 

@@ -94,7 +94,7 @@ def bench(options) -> None:
     samples, broken = read_benchmark(options.benchmark, options.path, options.media)
     out = Path(options.out or config.ROOT / "runs" / "bench" / f"{options.benchmark}-{'-'.join(Path(source).parts[-2:])}-{options.mode}.json")
     weights = [file.stat().st_mtime_ns for file in sorted(Path(source).glob("*.safetensors"))]
-    shown = [own.max_new_tokens, *(getattr(media.limits, name) for name in ("max_pixels", "frames", "pair_frames"))]
+    shown = [own.max_new_tokens, *(getattr(media.limits, name) for name in LIMITS[:3])]
     state = {"state": [{k: v for k, v in vars(options).items() if k not in ("out", "key_variable", *LIMITS)}, source, weights, style, template, shown]}
     if out.suffix != ".json" or (out.exists() and not out.read_bytes().startswith(json.dumps(state, indent=1)[:-2].encode())):
         raise config.UserError(f"{out} is no .json file, or holds results of another model, benchmark or setting; give another --out")

@@ -363,7 +363,8 @@ def test_what_a_frozen_tower_has_seen_stands_in_for_patches(backbone, release, f
             results.append([scored.detach(), other, *(p.grad for p in model.parameters() if p.requires_grad)])
         assert (len(moved) == before) == (prompts is seen and release.name != "llava_onevision")
     for result in results[1:]:
-        assert all((a - b).norm() <= 1e-5 * b.norm() for a, b in zip(result, results[0]))  # single elements differ by rounding of their sums
+        assert all(torch.allclose(a, b, atol=1e-5, rtol=1e-4) for a, b in zip(result[:2], results[0]))
+        assert all((a - b).norm() <= 1e-5 * b.norm() for a, b in zip(result[2:], results[0][2:]))  # single sums of a gradient are rounded more
 
 
 @pytest.mark.parametrize("release", ["llava_onevision"], indirect=True)
