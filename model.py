@@ -10,6 +10,7 @@ completions as one text until they part, `completion_logprobs` runs equal ones o
 plain form, one full sequence per row; the tests hold the two together. What a frozen vision tower makes of a prompt they can share, too (`see`).
 """
 
+import collections
 import contextlib
 import ctypes
 import functools
@@ -289,6 +290,31 @@ class PromptCache(DynamicLayer):
         return self.length
 
 
+class SharedPrompt(DynamicLayer):
+    """One layer's keys and values of prompts, for completion_logprobs: kept as the prompts pass, then handed out by `join`, before those of completions.
+    Asked again, as by a layer that is run again in backward, it answers the same."""
+
+    def __init__(self, keys=None, values=None, join=None):
+        super().__init__()
+        self.keys, self.values, self.join, self.is_initialized = keys, values, join, keys is not None
+
+    def update(self, keys, values, *args, **kwargs):
+        if self.join:
+            return self.join(self.keys, keys), self.join(self.values, values)
+        if not self.is_initialized:
+            self.keys, self.values, self.is_initialized = keys, values, True
+        return keys, values
+
+
+def behind(mask: torch.Tensor, owner: torch.Tensor, width: int, dtype: torch.dtype) -> torch.Tensor:
+    """What attention adds where completions of `width` tokens see their prompt, mask [P, L], and what stands before: 0, else -inf. Their own padding
+    comes last and is seen by padding only. One for all layers, and for all rows where no prompt is padded: [B or 1, 1, T, L + T]"""
+    prompts = mask[owner] if not mask.all() else mask[:1]
+    own = torch.ones(width, width, device=mask.device).tril().expand(len(prompts), -1, -1)
+    seen = torch.cat([prompts[:, None].expand(-1, width, -1), own], 2)[:, None]
+    return torch.zeros_like(seen, dtype=dtype).masked_fill(seen == 0, float("-inf"))
+
+
 def banned_ids(model, tokenizer) -> torch.Tensor:
     """Tokens that are never sampled: a sampled placeholder would ask the next forward for an image that is not there."""
     find, own = tokenizer.backend_tokenizer.token_to_id, model.config
@@ -398,14 +424,13 @@ def completion_logprobs(model, processor: Processor, prompts: list, ids: torch.T
     """log pi(y_t | x, y_<t) of sampled completions, in fp32: ids [P * G, T], lengths [P * G] -> [P * G, T] (0 after the end).
 
     share_prompt: the prompt is run once, with gradient, and its completions on top of its cache, repeated for each; the gradient of every
-    completion flows back into the one prompt pass. Completions that are equal are run once: a small policy repeats itself. With share_prompt=False,
-    and with gradient checkpointing, prompt and completion are run as one sequence per row, the plain form: same numbers, G times the prompt's cost.
+    completion flows back into the one prompt pass. Completions that are equal are run once: a small policy repeats itself. With share_prompt=False
+    prompt and completion are run as one sequence per row, the plain form: same numbers, G times the prompt's cost.
     Only completion positions reach the vocabulary. `with_entropy` adds the entropy of the sampling distribution [P * G, T], without gradient."""
     device, tokenizer = device_of(model), processor.tokenizer
     banned = banned_ids(model, tokenizer).to(device)
     width, owner = ids.shape[1], torch.arange(len(prompts), device=device).repeat_interleave(len(ids) // len(prompts))  # whose completion a row is
     model.train(model.is_activation_checkpointing and torch.is_grad_enabled())  # layers are run again in training mode only; none has dropout
-    share_prompt = share_prompt and not model.training  # a layer that is run again keeps no cache
     if share_prompt:
         # [B, 2 + T]: whose, how long, which tokens; from here on these are the rows. row [P * G]: which of them a completion is.
         different, row = torch.cat([owner[:, None], lengths[:, None], ids], 1).unique(dim=0, return_inverse=True)
@@ -417,20 +442,28 @@ def completion_logprobs(model, processor: Processor, prompts: list, ids: torch.T
     inputs = collate(prompts, "left", tokenizer.pad_token_id, device)
     start = inputs["position_ids"].amax((0, 2))[owner] + 1  # [B]
     positions = (start[:, None] + torch.arange(width, device=device)).expand(3, -1, -1)  # [3, B, T]
-    full_mask = torch.cat([inputs["attention_mask"][owner], mask.long()], 1)
     with headless(model):
         if share_prompt:
-            prefill = model(**inputs, use_cache=True, logits_to_keep=1)
-            cache = prefill.past_key_values
-            for layer in cache.layers:  # index_select: the backward of an index adds up in any order
-                layer.keys, layer.values = layer.keys.index_select(0, owner), layer.values.index_select(0, owner)
+            cache = Cache(layers=[SharedPrompt() for _ in model.model.language_model.layers])
+            prefill = model(**inputs, past_key_values=cache, use_cache=False, logits_to_keep=1)
             hidden = prefill.logits.index_select(0, owner)  # [B, 1, d] predicts the first completion token
             if width > 1:
-                rest = model(input_ids=ids[:, :-1], attention_mask=full_mask[:, :-1], position_ids=positions[:, :, :-1],
-                             past_key_values=cache, use_cache=True)
+                latest = collections.deque(maxlen=2)  # keys and values of the layer that is running
+
+                def join(past, own):  # [P, K, L, d], [B, K, T - 1, d] -> [B, K, L + T - 1, d]; the backward of an index would add up in any order
+                    latest.append((torch.cat([past.index_select(0, owner), own], 2), past, own))
+                    return latest[-1][0]
+
+                # Attention keeps its keys and values for backward; these would be the prompt's once per completion, and are joined anew there.
+                pack = lambda x: next((parts for joined, *parts in latest if x.is_set_to(joined)), x)
+                cache = Cache(layers=[SharedPrompt(layer.keys, layer.values, join) for layer in cache.layers])
+                with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: join(*x) if isinstance(x, list) else x):
+                    rest = model(input_ids=ids[:, :-1], attention_mask=behind(inputs["attention_mask"], owner, width - 1, hidden.dtype),
+                                 position_ids=positions[:, :, :-1], past_key_values=cache, use_cache=False)
+                latest.clear()
                 hidden = torch.cat([hidden, rest.logits], 1)  # [B, T, d]
         else:
-            inputs |= {"input_ids": torch.cat([inputs["input_ids"], ids], 1), "attention_mask": full_mask,
+            inputs |= {"input_ids": torch.cat([inputs["input_ids"], ids], 1), "attention_mask": torch.cat([inputs["attention_mask"], mask.long()], 1),
                        "position_ids": torch.cat([inputs["position_ids"], positions], 2),
                        "mm_token_type_ids": F.pad(inputs["mm_token_type_ids"], (0, width))}
             hidden = model(**inputs, use_cache=False, logits_to_keep=width + 1).logits[:, :-1]  # [B, T, d]

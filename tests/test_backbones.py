@@ -481,25 +481,30 @@ def test_the_folder_has_what_a_release_has_and_servers_read(trained, release):
 # ------------------------------------------------------------------------------------------------------ precision and memory
 
 
-def test_gradient_checkpointing_changes_memory_and_nothing_else(release, samples):
+@pytest.mark.parametrize("share_prompt", [True, False])
+def test_gradient_checkpointing_changes_memory_and_nothing_else(release, samples, share_prompt):
+    """With the shared prompt, too, whose keys and values a layer that is run again neither loses nor meets twice."""
     model, processor = M.load(str(release))
     model, layers, saved, gradients = model.cpu(), model.config.text_config.num_hidden_layers, [], []
-    prompt = M.encode(processor, model, data.build_prompt(samples[0], "think"), data.THINK)
+    prompts = [M.encode(processor, model, data.build_prompt(s, "think"), data.THINK) for s in samples[:2]]
+    ids, lengths, weights = torch.arange(20, 100).view(4, 20), torch.tensor([20, 11, 3, 17]), torch.randn(4, 20, generator=torch.Generator().manual_seed(0))
+    longest = max(len(prompt["ids"]) for prompt in prompts)
+    tokens = 2 * longest + 4 * 19 if share_prompt else 4 * (longest + 20)
     for checkpointing in (False, True):
-        again, runs, sizes = copy.deepcopy(model), [], []
+        again, runs = copy.deepcopy(model), []
         for layer in again.model.language_model.layers:
-            layer.mlp.register_forward_pre_hook(lambda *_: runs.append(1))
+            layer.mlp.register_forward_pre_hook(lambda _, inputs: runs.append(inputs[0].shape[:2].numel()))
         sft.optimizer_for(again, config.GRPO(gradient_checkpointing=checkpointing))
-        with torch.autograd.graph.saved_tensors_hooks(lambda x: sizes.append(x.numel()) or x, lambda x: x):
-            logprobs = M.completion_logprobs(again, processor, [prompt], torch.arange(20, 60).view(2, 20), torch.tensor([20, 11]), share_prompt=False)
-        assert len(runs) == layers and again.training is checkpointing
-        logprobs.sum().backward()
-        assert len(runs) == layers * (1 + checkpointing), "run again in backward"
-        saved.append(sum(sizes))
+        with torch.profiler.profile(profile_memory=True) as profile:
+            logprobs = M.completion_logprobs(again, processor, prompts, ids, lengths, share_prompt=share_prompt)
+        assert sum(runs) == layers * tokens and again.training is checkpointing
+        (logprobs * weights).sum().backward()
+        assert sum(runs) == layers * tokens * (1 + checkpointing), "run again in backward"
+        saved.append(sum(event.self_cpu_memory_usage for event in profile.events()))
         gradients.append([p.grad for p in again.parameters() if p.requires_grad])
-        M.generate(again, processor, [prompt], 2, 3)
+        M.generate(again, processor, prompts, 2, 3)
         assert not again.training, "sampling keeps its cache"
-    assert saved[1] < 0.5 * saved[0]
+    assert 0 < saved[1] < 0.5 * saved[0], "bytes that are left after forward"
     assert all(torch.allclose(a, b, rtol=1e-4, atol=1e-5) for a, b in zip(*gradients)) and sum(a.abs().sum() for a in gradients[0]) > 1
 
 

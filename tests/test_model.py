@@ -343,6 +343,32 @@ def test_the_gradient_through_the_shared_prompt_is_that_of_the_plain_form(tiny, 
     assert (shared - plain).norm() < 1e-5 * plain.norm()
 
 
+def test_what_a_completion_sees_is_its_prompt_and_what_stands_before():
+    for mask, rows in ([[1, 1, 1], [1, 1, 1]], 1), ([[0, 1, 1], [1, 1, 1]], 3):
+        owner = [0, 1, 1]
+        added = M.behind(torch.tensor(mask), torch.tensor(owner), 4, torch.bfloat16)
+        assert added.shape == (rows, 1, 4, 7) and added.dtype == torch.bfloat16
+        for b in range(rows):
+            sees = [[bool(mask[owner[b]][k]) if k < 3 else k - 3 <= t for k in range(7)] for t in range(4)]
+            assert added[b, 0].tolist() == [[0.0 if seen else float("-inf") for seen in row] for row in sees]
+
+
+def test_a_shared_prompt_is_kept_once_not_once_per_completion(tiny, prompts):
+    """Bytes that are left after forward, which backward needs: as many as there are tokens that were run."""
+    prompt = [max(prompts, key=lambda one: len(one["ids"]))]
+    length, ids = len(prompt[0]["ids"]), torch.arange(30, 30 + 12 * 8).view(12, 8)
+
+    def kept(share_prompt: bool) -> int:
+        with torch.profiler.profile(profile_memory=True) as profile:
+            logprobs = M.completion_logprobs(*tiny, prompt, ids, torch.full((12,), 8), share_prompt=share_prompt)
+        logprobs.sum().backward()
+        tiny[0].zero_grad()
+        return sum(event.self_cpu_memory_usage for event in profile.events())
+
+    shared, plain = kept(True), kept(False)
+    assert 0 < shared / plain < 1.05 * (length + 12 * 7) / (12 * (length + 8))
+
+
 def test_equal_completions_are_run_once_and_count_as_often_as_they_stand_there(tiny, prompts, sampled):
     """Of every five completions the second, fourth and fifth repeat the first; a prompt's are never taken for those of another prompt."""
     model, made, rows = copy.deepcopy(tiny[0]), sampled[1.0], []

@@ -41,7 +41,8 @@ def work(out: Path, *jobs) -> None:
     """What every process does, one or many."""
     settings = config.load_settings("smoke", OVERRIDES)
     for job in jobs:
-        settings.run.shard = settings.cold_start.gradient_checkpointing = job.endswith("shard")
+        for part, name in ((settings.run, "shard"), (settings.cold_start, "gradient_checkpointing"), (settings.grpo_direct, "gradient_checkpointing")):
+            setattr(part, name, job.endswith("shard"))
         if job == "slow":
             stages.STAGES[job] = ("test_processes", [], [])
             stages.do_stage(job, settings, out, "")
