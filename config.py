@@ -84,7 +84,7 @@ class Learning:  # what SFT and GRPO have in common
     freeze_vision: bool = setting(True, "train the language model only")
     micro_tokens: int = setting(16384, "tokens of SFT examples per forward pass, padding included; changes memory and speed, never the result", False)
     gradient_checkpointing: bool = setting(False, "run layers again in backward, not to keep activations", False)
-    offload: bool = setting(False, "on a GPU: keep fp32 weights, gradients and Adam's moments in host memory", False)
+    offload: bool = setting(False, "on a GPU: keep fp32 weights, gradients, Adam's moments and a waiting reference in host memory", False)
     save_minutes: float = setting(2.0, "minutes between states to go on from after a stop; longer where saving would be 2% of the time", False)
 
 

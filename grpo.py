@@ -189,7 +189,9 @@ def run(stage: str, settings: config.Settings, folder: Path) -> str:
         raise config.UserError(f"prompts_per_step = {own.prompts_per_step}" + f", with {replay} replayed," * (replay > 0) + " cannot be dealt out to "
                                f"{processes} processes" + f": run.shard needs a multiple of {processes}" * settings.run.shard)
     model, processor = M.load(start, shard=settings.run.shard)
-    reference = M.load(start, shard=settings.run.shard)[0] if own.beta else None
+    device = M.device_of(model)
+    waits = "cpu" if own.offload else device  # where the reference is while it does not score
+    reference = M.load(start, shard=settings.run.shard)[0].to(waits) if own.beta else None
     optimizer = optimizer_for(model, own)
     turn = lambda sample, rng: sample.swapped() if own.random_order and sample.turns and rng.random() < 0.5 else sample
     drawn = batches(samples, own.prompts_per_step, f"{settings.run.seed}/{stage}", turn)
@@ -207,11 +209,13 @@ def run(stage: str, settings: config.Settings, folder: Path) -> str:
         clock.append(time.time())
         ref_logprobs = None
         if reference is not None:
+            reference.to(device)
             with torch.no_grad():
                 rows, starts = own.micro_prompts * own.group_size, range(0, len(mine), own.micro_prompts)
                 pieces = zip(starts, made.ids.split(rows), made.lengths.split(rows))
                 ref_logprobs = torch.cat([M.completion_logprobs(reference, processor, prompts[k : k + own.micro_prompts], *piece, own.temperature)
                                           for k, *piece in pieces])
+            reference.to(waits)
         clock.append(time.time())
         optimizer.param_groups[0]["lr"] = rate = learning_rate(step, own.steps, own.lr, own.warmup)
         updates = [update(model, processor, optimizer, prompts, made, config.share(advantages), ref_logprobs, own, replayed)

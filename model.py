@@ -291,7 +291,7 @@ class PromptCache(DynamicLayer):
 
 
 class SharedPrompt(DynamicLayer):
-    """One layer's keys and values of prompts, for completion_logprobs: kept as the prompts pass, then handed out by `join`, before those of completions.
+    """One layer's keys and values of prompts, for completion_logprobs: kept as the prompts pass, then put by `join` before those of completions.
     Asked again, as by a layer that is run again in backward, it answers the same."""
 
     def __init__(self, keys=None, values=None, join=None):

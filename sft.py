@@ -124,25 +124,27 @@ def encode_example(processor, model, example: tuple) -> dict:
     return M.encode(processor, model, parts, prefix, response[len(prefix):])
 
 
-def micro_batches(batch: list, limit: int, processes: int = 1) -> list:
-    """Cuts a batch that is sorted by length into pieces of which every process's share has at most `limit` tokens, padding included (one example
-    at least): as many for each, since the processes of a sharded model run its layers together."""
-    pieces = []
-    for k in range(0, len(batch), processes):
-        some = batch[k : k + processes]
-        if not pieces or (len(pieces[-1]) // processes + 1) * len(some[-1]["ids"]) > limit:
-            pieces.append([])
-        pieces[-1] += some
-    return pieces
+def micro_batches(lengths: list, limit: int, processes: int = 1) -> list:
+    """Cuts a batch into pieces of which every process's part has at most `limit` tokens, padding included (one example at least): slices of the
+    examples that a process has. `lengths` as config.gather puts them together, those of each process rising. As many pieces for each process, since
+    the processes of a sharded model run its layers together."""
+    starts = []
+    for k in range(0, len(lengths), processes):
+        place, longest = k // processes, max(lengths[k : k + processes])
+        if not starts or (place + 1 - starts[-1]) * longest > limit:
+            starts.append(place)
+    return list(map(slice, starts, [*starts[1:], None]))
 
 
 def add_gradients(model, processor, examples: list, micro_tokens: int) -> tuple:
     """Adds the gradient of the SFT loss of one batch, [(content parts, response)]. Returns (this process's part of the loss, the response tokens of
     all processes, by which all gradients were divided)."""
-    pad, device, processes, total = processor.tokenizer.pad_token_id, M.device_of(model), config.world()[1], 0.0
-    batch = sorted((encode_example(processor, model, example) for example in examples), key=lambda e: len(e["ids"]))  # like lengths together
-    tokens = sum(len(e["ids"]) - e["prompt_length"] for e in batch)  # the denominator of the whole update
-    for micro in filter(None, map(config.share, micro_batches(batch, micro_tokens, processes))):
+    pad, device, total = processor.tokenizer.pad_token_id, M.device_of(model), 0.0
+    mine = [encode_example(processor, model, example) for example in config.share(examples)]
+    mine.sort(key=lambda e: len(e["ids"]))  # like lengths together
+    sizes = config.gather([(len(e["ids"]), e["prompt_length"]) for e in mine])
+    tokens = sum(length - prompt for length, prompt in sizes)  # the denominator of the whole update
+    for micro in filter(None, (mine[piece] for piece in micro_batches([length for length, _ in sizes], micro_tokens, config.world()[1]))):
         inputs = M.collate(micro, "right", pad, device)
         logits = model(**inputs, use_cache=False).logits
         loss = sft_loss(logits, inputs["input_ids"], response_mask(micro, logits.shape[1]).to(device), tokens)

@@ -2,7 +2,7 @@
 
     python tests/benchmark.py                      all tables (over half an hour on 2 cores)
     python tests/benchmark.py --quick              the small size only, few rounds, and processes
-    python tests/benchmark.py --only small group   some of: small trained 10m long layers group prompt processes
+    python tests/benchmark.py --only small group   some of: small trained 10m long layers checkpointed group prompt processes
     python tests/benchmark.py --real 3b            on a GPU: a Qwen2.5-VL of the real shape (3b or 7b) with random weights
 
 TRL is optional: pip install trl (tried: trl 1.16.0 with datasets 5.2.0, accelerate 1.15.0, pyarrow 26.0.1)
@@ -69,7 +69,9 @@ import stages
 from base import pretrain
 
 GPU = torch.cuda.is_available()
-WORK = dict(width=128, layers=4, vocabulary=0, prompts=8, group=8, new=100, prompt_tokens=0, micro=4, sft=0, rounds=2, real="", run="")
+WORK = dict(width=128, layers=4, vocabulary=0, prompts=8, group=8, new=100, prompt_tokens=0, micro=4, sft=0, rounds=2, real="", run="",
+            checkpointing=False)
+LAYERS = WORK | dict(width=256, layers=8, prompts=1, new=300, prompt_tokens=1200, rounds=3)
 SIZES = {  # name: (work, what it stands for)
     "small": (WORK | dict(sft=128, rounds=6), "the small model and the small world's prompts"),
     "trained": (WORK | dict(run="runs/small", prompts=16, new=160, rounds=8),
@@ -77,8 +79,8 @@ SIZES = {  # name: (work, what it stands for)
     "10m": (WORK | dict(width=320, layers=8, prompts=4, new=64, sft=64, rounds=6), "about 10M parameters, the small world's prompts"),
     "long": (WORK | dict(prompts=1, new=300, prompt_tokens=1200, vocabulary=152064, rounds=3),
              "long prompts, 152k vocabulary; at this width most of the work is the vocabulary's"),
-    "layers": (WORK | dict(width=256, layers=8, prompts=1, new=300, prompt_tokens=1200, rounds=3),
-               "the same lengths; most of the work is the layers', as in a model of billions"),
+    "layers": (LAYERS, "the same lengths; most of the work is the layers', as in a model of billions"),
+    "checkpointed": (LAYERS | dict(checkpointing=True), "the same, and backward runs layers again, as the settings of real backbones have it"),
 }
 GROWTH = {  # name: (what grows, its values, the rest of the work)
     "group": ("group", (1, 2, 4, 8, 16), WORK | dict(prompts=4, new=64)),
@@ -161,6 +163,7 @@ def open_world(size: dict, out: Path) -> dict:
     settings = config.load_settings(f"qwen2.5-vl-{size['real']}", []) if size["real"] else config.Settings()
     settings.grpo = own = config.dataclasses.replace(settings.grpo, group_size=size["group"], max_new_tokens=size["new"], micro_prompts=size["micro"],
                                                      prompts_per_step=size["prompts"], steps=size["rounds"] + 1,
+                                                     gradient_checkpointing=settings.grpo.gradient_checkpointing or size["checkpointing"],
                                                      lr=0.0 if size["run"] else 1e-4)  # a trained policy stays what it is, for all contestants
     path, chance = str(out / "rejection_sft"), torch.Generator().manual_seed(0)
     model, processor = M.load(path)
@@ -580,7 +583,7 @@ def main() -> None:
             growth_table(key.replace("_", " "), key, values, size | less, given.threads)
         else:
             counts = [n for n in (1, 2, 4) if n <= max(2, os.cpu_count())]
-            process_table(WORK | dict(prompts=4, new=32 if given.quick else 100, sft=64 if given.quick else 128) | less, counts)
+            process_table(WORK | (dict(prompts=4, new=32, sft=64) if given.quick else dict(prompts=16, sft=128)) | less, counts)  # as `small` has them
     print(f"\n{time.time() - started:.0f} s in all")
 
 

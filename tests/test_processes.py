@@ -3,6 +3,7 @@ run this file as a script."""
 
 import json
 import os
+import random
 import subprocess
 import sys
 import time
@@ -144,16 +145,19 @@ def test_shares_put_together_are_what_was_dealt_out(monkeypatch):
 
 @pytest.mark.parametrize("processes", [1, 2, 3])
 @pytest.mark.parametrize("limit", [1, 200, 600, 10_000])
-def test_micro_batches_of_all_processes_are_as_many_and_none_is_too_long(monkeypatch, processes, limit):
-    batch = [{"ids": range(length), "name": name} for name, length in enumerate([10, 50, 90, 90, 100, 100, 101, 150, 160, 170, 180, 300])]
-    pieces, seen = sft.micro_batches(batch, limit, processes), []
-    monkeypatch.setenv("WORLD_SIZE", str(processes))
-    for rank in range(processes):
-        monkeypatch.setenv("RANK", str(rank))
-        for piece in map(config.share, pieces):
-            assert len(piece) == 1 or 0 < len(piece) * len(piece[-1]["ids"]) <= limit
-            seen += [e["name"] for e in piece]
-    assert sorted(seen) == list(range(12))
+def test_micro_batches_of_all_processes_are_as_many_and_none_is_too_long(processes, limit):
+    lengths = [10, 50, 90, 90, 100, 100, 101, 150, 160, 170, 180, 300]
+    shares = [sorted(random.Random(0).sample(lengths, 12)[rank::processes]) for rank in range(processes)]  # of examples in any order
+    pieces = sft.micro_batches([length for some in zip(*shares) for length in some], limit, processes)
+    for share in shares:
+        parts = [share[piece] for piece in pieces]
+        assert sum(parts, []) == share and all(len(part) == 1 or 0 < len(part) * max(part) <= limit for part in parts)
+
+
+def test_a_share_that_is_one_example_short_has_its_pieces_too():
+    """Three examples for one process, two for the other, as config.gather puts their lengths together: the last piece is empty for the other."""
+    pieces = sft.micro_batches([10, 20, 30, 40, 300], 80, 2)
+    assert [[share[piece] for piece in pieces] for share in ([10, 30, 300], [20, 40])] == [[[10, 30], [300]], [[20, 40], []]]
 
 
 if __name__ == "__main__":
