@@ -504,10 +504,10 @@ def growth_table(name: str, key: str, values: tuple, size: dict, threads: int) -
 
 
 def process_table(size: dict, counts: list) -> None:
-    """Every count twice, in turns; each process has one thread."""
+    """Every count three times, in turns; each process has one thread."""
     print("\n== processes under torchrun, one thread each; a step's batch is the same for all. x: the seconds over those of one process")
     with tempfile.TemporaryDirectory() as out:
-        runs = [{n: child("shared", size, Path(out), processes=n, threads=1) for n in counts} for _ in range(2)]
+        runs = [{n: child("shared", size, Path(out), processes=n, threads=1) for n in counts} for _ in range(3)]
     table = [["processes", "SFT step, s", "GRPO step, s", "SFT's losses apart by at most"]]
     for n in counts:
         seconds = {k: [run[n][k] for run in runs] for k in ("sft", "grpo")}
@@ -583,7 +583,8 @@ def main() -> None:
             growth_table(key.replace("_", " "), key, values, size | less, given.threads)
         else:
             counts = [n for n in (1, 2, 4) if n <= max(2, os.cpu_count())]
-            process_table(WORK | (dict(prompts=4, new=32, sft=64) if given.quick else dict(prompts=16, sft=128)) | less, counts)  # as `small` has them
+            work = dict(prompts=4, new=32, sft=64) if given.quick else dict(prompts=16, sft=128)  # 16 as in `small`
+            process_table(WORK | work | less, counts)
     print(f"\n{time.time() - started:.0f} s in all")
 
 
