@@ -175,8 +175,8 @@ def fetch(asked: dict, own: config.Server, url: str, request: dict, file: Path, 
                 print(f"   {label}: {len(missing)} to go, {total('tokens_in')} + {total('tokens_out')} tokens, cost {total('cost'):.2f}", flush=True)
 
     keys = [key for key in asked if key in missing]
-    rest = f"; asking {url} for the rest" if keys else ""
-    print(f"   {label}: {len(asked) - len(keys)} of {len(asked)} replies are there from before{rest}", flush=True)
+    said = [f"{len(asked) - len(keys)} of {len(asked)} replies are there from before"] * (len(keys) < len(asked))
+    print(f"   {label}: " + "; ".join(said + [f"asking {hide(url)} for {len(keys)}"] * bool(keys)), flush=True)
     for key in keys[:1] if own.max_cost and not costs() else []:  # what a prompt costs is known from its reply only
         one(key)
     with ThreadPoolExecutor(own.concurrency) as pool:

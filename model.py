@@ -291,8 +291,8 @@ class PromptCache(DynamicLayer):
 
 
 class SharedPrompt(DynamicLayer):
-    """One layer's keys and values of prompts, for completion_logprobs: kept as the prompts pass, then put by `join` before those of completions.
-    Asked again, as by a layer that is run again in backward, it answers the same."""
+    """One layer's keys and values, for completion_logprobs, in two roles. Without `join` it keeps those of the prompts that pass, once: to a layer
+    that is run again in backward it gives back its own. With `join` it puts the prompts' before those of their completions, and keeps nothing."""
 
     def __init__(self, keys=None, values=None, join=None):
         super().__init__()
@@ -306,13 +306,13 @@ class SharedPrompt(DynamicLayer):
         return keys, values
 
 
-def behind(mask: torch.Tensor, owner: torch.Tensor, width: int, dtype: torch.dtype) -> torch.Tensor:
-    """What attention adds where completions of `width` tokens see their prompt, mask [P, L], and what stands before: 0, else -inf. Their own padding
-    comes last and is seen by padding only. One for all layers, and for all rows where no prompt is padded: [B or 1, 1, T, L + T]"""
-    prompts = mask[owner] if not mask.all() else mask[:1]
-    own = torch.ones(width, width, device=mask.device).tril().expand(len(prompts), -1, -1)
-    seen = torch.cat([prompts[:, None].expand(-1, width, -1), own], 2)[:, None]
-    return torch.zeros_like(seen, dtype=dtype).masked_fill(seen == 0, float("-inf"))
+def shared_prompt_mask(mask: torch.Tensor, owner: torch.Tensor, width: int, dtype: torch.dtype) -> torch.Tensor:
+    """What attention adds, 0 or -inf: completions of `width` tokens see their prompt, mask [P, L], and what stands before. Their own padding comes
+    last and is seen by padding only. One mask for all layers, and for all rows where no prompt is padded: [B or 1, 1, T, L + T]"""
+    prompts = mask[owner].bool() if not mask.all() else mask[:1].bool()
+    own = torch.ones(width, width, dtype=torch.bool, device=mask.device).tril().expand(len(prompts), -1, -1)
+    unseen = ~torch.cat([prompts[:, None].expand(-1, width, -1), own], 2)[:, None]
+    return torch.zeros(unseen.shape, dtype=dtype, device=mask.device).masked_fill(unseen, float("-inf"))
 
 
 def banned_ids(model, tokenizer) -> torch.Tensor:
@@ -446,22 +446,24 @@ def completion_logprobs(model, processor: Processor, prompts: list, ids: torch.T
         if share_prompt:
             cache = Cache(layers=[SharedPrompt() for _ in model.model.language_model.layers])
             prefill = model(**inputs, past_key_values=cache, use_cache=False, logits_to_keep=1)
-            hidden = prefill.logits.index_select(0, owner)  # [B, 1, d] predicts the first completion token
-            if width > 1:
-                latest = collections.deque(maxlen=2)  # keys and values of the layer that is running
+            steps = max(1, width - 1)  # the last token is not run; but one at least, since processes of a sharded model wait for each other's layers
+            latest = collections.deque(maxlen=2)  # keys and values of the layer that is running
 
-                def join(past, own):  # [P, K, L, d], [B, K, T - 1, d] -> [B, K, L + T - 1, d]; the backward of an index would add up in any order
-                    latest.append((torch.cat([past.index_select(0, owner), own], 2), past, own))
-                    return latest[-1][0]
+            def join(past, own):  # [P, K, L, d], [B, K, steps, d] -> [B, K, L + steps, d]; the backward of an index would add up in any order
+                latest.append((torch.cat([past.index_select(0, owner), own], 2), past, own))
+                return latest[-1][0]
 
-                # Attention keeps its keys and values for backward; these would be the prompt's once per completion, and are joined anew there.
-                pack = lambda x: next((parts for joined, *parts in latest if x.is_set_to(joined)), x)
-                cache = Cache(layers=[SharedPrompt(layer.keys, layer.values, join) for layer in cache.layers])
-                with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: join(*x) if isinstance(x, list) else x):
-                    rest = model(input_ids=ids[:, :-1], attention_mask=behind(inputs["attention_mask"], owner, width - 1, hidden.dtype),
-                                 position_ids=positions[:, :, :-1], past_key_values=cache, use_cache=False)
-                latest.clear()
-                hidden = torch.cat([hidden, rest.logits], 1)  # [B, T, d]
+            # Attention keeps its keys and values for backward, here the prompt's once per completion: they are joined anew instead. (Where layers are
+            # run again this is so anyway. Where several heads share keys, transformers repeats them first, and the copies are kept.)
+            pack = lambda x: next((parts for joined, *parts in latest if x.is_set_to(joined)), x.detach())
+            past = Cache(layers=[SharedPrompt(layer.keys, layer.values, join) for layer in cache.layers])
+            for layer in cache.layers:
+                layer.keys = layer.values = None  # the graph holds this cache: it would hold itself
+            with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: join(*x) if isinstance(x, list) else x):
+                rest = model(input_ids=ids[:, :steps], position_ids=positions[:, :, :steps], past_key_values=past, use_cache=False,
+                             attention_mask=shared_prompt_mask(inputs["attention_mask"], owner, steps, prefill.logits.dtype))
+            latest.clear()
+            hidden = torch.cat([prefill.logits.index_select(0, owner), rest.logits], 1)[:, :width]  # [B, T, d], the first by the prompt's last token
         else:
             inputs |= {"input_ids": torch.cat([inputs["input_ids"], ids], 1), "attention_mask": torch.cat([inputs["attention_mask"], mask.long()], 1),
                        "position_ids": torch.cat([inputs["position_ids"], positions], 2),

@@ -1,6 +1,7 @@
 """Tokenizer, prompts as tensors, sampler, scorer, and the one SFT loop, on a tiny model with random weights."""
 
 import copy
+import gc
 import json
 import math
 import random
@@ -346,7 +347,7 @@ def test_the_gradient_through_the_shared_prompt_is_that_of_the_plain_form(tiny, 
 def test_what_a_completion_sees_is_its_prompt_and_what_stands_before():
     for mask, rows in ([[1, 1, 1], [1, 1, 1]], 1), ([[0, 1, 1], [1, 1, 1]], 3):
         owner = [0, 1, 1]
-        added = M.behind(torch.tensor(mask), torch.tensor(owner), 4, torch.bfloat16)
+        added = M.shared_prompt_mask(torch.tensor(mask), torch.tensor(owner), 4, torch.bfloat16)
         assert added.shape == (rows, 1, 4, 7) and added.dtype == torch.bfloat16
         for b in range(rows):
             sees = [[bool(mask[owner[b]][k]) if k < 3 else k - 3 <= t for k in range(7)] for t in range(4)]
@@ -367,6 +368,19 @@ def test_a_shared_prompt_is_kept_once_not_once_per_completion(tiny, prompts):
 
     shared, plain = kept(True), kept(False)
     assert 0 < shared / plain < 1.05 * (length + 12 * 7) / (12 * (length + 8))
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_what_is_scored_and_dropped_leaves_nothing_behind(tiny, prompts, sampled, checkpointing):
+    """A graph that no backward clears, as after a caught exception, must not hold itself."""
+    model, made = copy.deepcopy(tiny[0]), sampled[1.0]
+    sft.optimizer_for(model, config.GRPO(gradient_checkpointing=checkpointing))
+    alive = []
+    for _ in range(3):
+        M.completion_logprobs(model, tiny[1], prompts, made.ids, made.lengths)
+        gc.collect()
+        alive.append(sum(issubclass(type(thing), torch.Tensor) for thing in gc.get_objects()))
+    assert alive[0] == alive[1] == alive[2]
 
 
 def test_equal_completions_are_run_once_and_count_as_often_as_they_stand_there(tiny, prompts, sampled):

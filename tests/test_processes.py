@@ -53,6 +53,14 @@ def work(out: Path, *jobs) -> None:
         elif job.startswith(("policy", "cold_start")):
             (out / job).mkdir(exist_ok=True)
             grpo.run("grpo_direct", settings, out / job) if job.startswith("policy") else sft.run("cold_start", settings, out / job)
+        elif job == "widths_shard":  # one process has completions of one token only, the other longer ones
+            model, processor = M.load(str(config.ROOT / "configs" / "small-base"), shard=True)
+            for checkpointing in (False, True):
+                sft.optimizer_for(model, config.GRPO(gradient_checkpointing=checkpointing))
+                prompts, width = [M.encode(processor, model, [{"type": "text", "text": "a red circle"}])], (1, 5)[config.world()[0]]
+                made = M.completion_logprobs(model, processor, prompts, torch.arange(30, 30 + 2 * width).view(2, width), torch.full((2,), width))
+                made.sum().backward()
+                assert made.shape == (2, width)
         elif job == "too_few":
             settings.grpo_direct.prompts_per_step = 3
             grpo.run("grpo_direct", settings, out / "policy")
@@ -79,7 +87,7 @@ def runs(tmp_path_factory) -> dict:
     folders = {n: tmp_path_factory.mktemp(f"processes-{n}") for n in (1, 2, 4)}
     stages = ("data", "base", "distill", "cold_start", "rejection", "policy", "judge")
     work(folders[1], *stages)
-    return {1: (folders[1], 0, ""), 2: (folders[2], *torchrun(2, folders[2], *stages, "cold_start_shard", "policy_shard", "slow", "missing")),
+    return {1: (folders[1], 0, ""), 2: (folders[2], *torchrun(2, folders[2], *stages, "cold_start_shard", "policy_shard", "widths_shard", "slow", "missing")),
             4: (folders[4], *torchrun(4, folders[4], "data", "policy", "too_few"))}
 
 
@@ -152,6 +160,8 @@ def test_micro_batches_of_all_processes_are_as_many_and_none_is_too_long(process
     for share in shares:
         parts = [share[piece] for piece in pieces]
         assert sum(parts, []) == share and all(len(part) == 1 or 0 < len(part) * max(part) <= limit for part in parts)
+    most = lambda piece, end: max((end - piece.start) * max(share[piece.start : end]) for share in shares)
+    assert all(most(piece, piece.stop + 1) > limit for piece in pieces[:-1]), "none is smaller than it has to be"
 
 
 def test_a_share_that_is_one_example_short_has_its_pieces_too():
