@@ -454,7 +454,8 @@ def completion_logprobs(model, processor: Processor, prompts: list, ids: torch.T
                 return latest[-1][0]
 
             # Attention keeps its keys and values for backward, here the prompt's once per completion: they are joined anew instead. (Where layers are
-            # run again this is so anyway. Where several heads share keys, transformers repeats them first, and the copies are kept.)
+            # run again this is so anyway. Where several heads share keys, transformers repeats them first, and the copies are kept.) The rest is
+            # kept as it is, but detached: an operation that keeps its own output would hold itself.
             pack = lambda x: next((parts for joined, *parts in latest if x.is_set_to(joined)), x.detach())
             past = Cache(layers=[SharedPrompt(layer.keys, layer.values, join) for layer in cache.layers])
             for layer in cache.layers:
