@@ -175,8 +175,10 @@ def fetch(asked: dict, own: config.Server, url: str, request: dict, file: Path, 
                 print(f"   {label}: {len(missing)} to go, {total('tokens_in')} + {total('tokens_out')} tokens, cost {total('cost'):.2f}", flush=True)
 
     keys = [key for key in asked if key in missing]
-    said = [f"{len(asked) - len(keys)} of {len(asked)} replies are there from before"] * (len(keys) < len(asked))
-    print(f"   {label}: " + "; ".join(said + [f"asking {hide(url)} for {len(keys)}"] * bool(keys)), flush=True)
+    if there := len(asked) - len(keys):
+        print(f"   {label}: {there} of {len(asked)} replies are there from before", flush=True)
+    if keys:
+        print(f"   {label}: asking {hide(url)} for {len(keys)}", flush=True)
     for key in keys[:1] if own.max_cost and not costs() else []:  # what a prompt costs is known from its reply only
         one(key)
     with ThreadPoolExecutor(own.concurrency) as pool:

@@ -309,7 +309,7 @@ class SharedPrompt(DynamicLayer):
 def shared_prompt_mask(mask: torch.Tensor, owner: torch.Tensor, width: int, dtype: torch.dtype) -> torch.Tensor:
     """What attention adds, 0 or -inf: completions of `width` tokens see their prompt, mask [P, L], and what stands before. Their own padding comes
     last and is seen by padding only. One mask for all layers, and for all rows where no prompt is padded: [B or 1, 1, T, L + T]"""
-    prompts = mask[owner].bool() if not mask.all() else mask[:1].bool()
+    prompts = (mask[:1] if mask.all() else mask[owner]).bool()
     own = torch.ones(width, width, dtype=torch.bool, device=mask.device).tril().expand(len(prompts), -1, -1)
     unseen = ~torch.cat([prompts[:, None].expand(-1, width, -1), own], 2)[:, None]
     return torch.zeros(unseen.shape, dtype=dtype, device=mask.device).masked_fill(unseen, float("-inf"))

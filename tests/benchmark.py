@@ -1,6 +1,6 @@
 """How fast: this code against TRL, against `generate`, and against a plain loop. Not a test; pytest does not collect it.
 
-    python tests/benchmark.py                      all tables (over half an hour on 2 cores)
+    python tests/benchmark.py                      all tables (about an hour on 2 cores)
     python tests/benchmark.py --quick              the small size only, few rounds, and processes
     python tests/benchmark.py --only small group   some of: small trained 10m long layers checkpointed group prompt processes
     python tests/benchmark.py --real 3b            on a GPU: a Qwen2.5-VL of the real shape (3b or 7b) with random weights
