@@ -78,7 +78,7 @@ class Model:
 @dataclass
 class Learning:  # what SFT and GRPO have in common
     lr: float = setting(2.5e-6, "peak learning rate")
-    warmup: float = setting(0.03, "share of the steps in which the learning rate rises; then a cosine brings it to zero", allowed=(0, 1))
+    warmup: float = setting(0.03, "share of steps in which the rate rises (official script; paper: 0.3), before a cosine lowers it to zero", allowed=(0, 1))
     max_grad_norm: float = setting(1.0, "gradients are scaled down to this norm")
     max_skipped: int = setting(10, "steps in a row that may be skipped, as loss or gradient is not finite; one more ends the run", False, (0, 1e12))
     freeze_vision: bool = setting(True, "train the language model only")
@@ -175,7 +175,7 @@ class Evaluate(Server):
     endpoint: str = setting("", "server (vLLM: http://HOST:8000/v1) of the checkpoints in `served`; empty runs all here", False, f"({URL})?")
     served: str = setting("grpo", "stages, with commas between, that endpoint serves by these names; others run here", False, f"{STAGE}(,{STAGE})*")
     batch_rows: int = setting(256, "completions decoded together; changes memory and speed", False)
-    test_pairs: int = setting(0, "pairs per task used of each split; 0 takes all", allowed=(0, 1e12))
+    test_pairs: int = setting(0, "pairs per task drawn of each split; 0 takes all", allowed=(0, 1e12))
 
 
 @dataclass

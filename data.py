@@ -177,7 +177,7 @@ def write_reasoning(task: str, reasons: dict, scores: dict, verdict: str) -> str
 @dataclass
 class Verdict:
     """What `parse_verdict` read. `scores` and `reasons`: {dimension: {candidate: value}}; `totals`: {candidate: stated sum};
-    `sums_ok`: each stated sum has the item scores as its terms and adds up; `consistent`: sums_ok and the verdict follows from them."""
+    `sums_ok`: all items score both, and each stated sum has these terms and adds up; `consistent`: sums_ok and the verdict follows from them."""
 
     answer: int | None
     format_ok: bool
@@ -191,7 +191,7 @@ class Verdict:
 INSIDE = r"(?:(?!</?(?:think|answer)>).)*"  # text without tags
 # The whole text: one non-empty think block without tags inside, white space, one answer block, and nothing else.
 FORMAT = re.compile(rf"<think>(?!\s*</think>){INSIDE}</think>\s*<answer>{INSIDE}</answer>", re.DOTALL)
-HEADING = re.compile(r"(?:^|(?<=\s))\d{1,2}\. {0,3}\**([A-Za-z][A-Za-z &/-]{1,60}?)\** {0,3}:")
+HEADING = re.compile(r"(?:^|(?<=\s))\d{1,2}\. {0,3}\**([^\W\d_](?:[^\W\d_]|[ &/'’,()-]){1,60}?)\** {0,3}:")
 NUMBER = r"\d{1,3}(?:\.\d)?"
 
 
@@ -232,8 +232,8 @@ def parse_verdict(text: str, task: str) -> Verdict:
     for match in re.finditer(rf"\b{noun} ([12])\b[:*\s]{{0,9}}({NUMBER}(?:\s*\+\s*{NUMBER})*)\s*=\s*({NUMBER})", closing):
         stated.setdefault(int(match.group(1)), ([float(term) for term in match.group(2).split("+")], float(match.group(3))))
     totals = {k: total for k, (_, total) in stated.items()}
-    sums_ok = set(stated) == {1, 2} and bool(scores) and all(
-        abs(sum(terms) - total) < 0.05 and sorted(terms) == sorted(pair[k] for pair in scores.values() if k in pair)
+    sums_ok = set(stated) == {1, 2} and bool(scores) and all(len(pair) == 2 for pair in scores.values()) and all(
+        abs(sum(terms) - total) < 0.05 and sorted(terms) == sorted(pair[k] for pair in scores.values())
         for k, (terms, total) in stated.items()
     )
     follows = sums_ok and answer == (0 if totals[1] == totals[2] else 1 if totals[1] > totals[2] else 2)
@@ -401,6 +401,8 @@ def usable(row: dict, folder: Path, own: config.Data) -> Sample:
         raise ValueError(f"the label (or the verdict in its place) is {sample.label!r}; {sample.task} has {', '.join(map(str, allowed))}")
     if len(sample.media) < media or len(sample.media) > media == 2:
         raise ValueError(f"{len(sample.media)} media; {sample.task} has {media}")
+    if sample.task == "video_understanding" and len(sample.media) > 1 and any(isinstance(item, str) for item in sample.media):
+        raise ValueError("the frames of a video are a list in the list of media: [[...]]")
     if not sample.problem and (len(texts) != 5 - 2 * media or not all(isinstance(text, str) and text.strip() for text in texts)):
         raise ValueError("the prompt is empty, or there are not two answers with text in them (generation: none)")
     if (length := len("".join(texts) + sample.problem)) > 100_000:  # whether it fits the model is seen when it is tokenised

@@ -153,7 +153,8 @@ def fetch(asked: dict, own: config.Server, url: str, request: dict, file: Path, 
     missing = dict.fromkeys(asked.keys() - {row["key"] for row in rows})
     total = lambda name: sum(row[name] for row in rows)
     costs = lambda: [row["cost"] for row in rows if row["key"] in asked]  # others may have cost less
-    reserve = lambda: own.concurrency * max([own.max_new_tokens * own.price_out / 1e6] + costs())  # for what is under way
+    prompt = lambda: max((row["tokens_in"] * own.price_in / 1e6 for row in rows if row["key"] in asked), default=0.0)  # the dearest so far
+    reserve = lambda: own.concurrency * max([prompt() + own.max_new_tokens * own.price_out / 1e6] + costs())  # for what is under way
 
     def one(key: str) -> None:
         sample, parts = asked[key]

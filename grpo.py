@@ -143,7 +143,7 @@ def update(model, processor, optimizer, prompts: list, made: M.Completions, adva
            replayed: list = ()) -> dict:
     """One optimiser step on a rollout, in micro-batches of whole groups. Prompts, completions and advantages [P, G] are those of this process;
     `replayed`, SFT examples whose loss is added, are those of all. Returns the update's metrics."""
-    G, mask, totals = own.group_size, made.mask, {}
+    G, mask, totals, advantages = own.group_size, made.mask, {}, advantages.flatten().to(made.ids.device)
     counts = config.gather([(len(mask), int(mask.sum()))])  # of every process: denominators are those of the whole update
     rollouts, tokens = sum(n for n, _ in counts), sum(n for _, n in counts)
     optimizer.zero_grad()
@@ -155,7 +155,7 @@ def update(model, processor, optimizer, prompts: list, made: M.Completions, adva
         # With one update per rollout the policy has not moved since it sampled: pi_old = pi, exactly.
         old = logprobs.detach() if own.updates_per_rollout == 1 else made.logprobs[rows, :width]
         ref = None if ref_logprobs is None else ref_logprobs[rows, :width]
-        loss, metrics = grpo_loss(logprobs, old, ref, advantages.flatten()[rows], mask[rows, :width], own.clip_low, own.clip_high,
+        loss, metrics = grpo_loss(logprobs, old, ref, advantages[rows], mask[rows, :width], own.clip_low, own.clip_high,
                                   own.beta, own.kl, own.normalise, rollouts, tokens, own.max_new_tokens)
         loss.backward()
         metrics |= {"loss": loss.item(), "entropy": entropy.sum().item() / tokens, "length": made.lengths[rows].sum().item() / rollouts,

@@ -67,7 +67,7 @@ def read_image(path: str) -> Image.Image:
     frame = (found := re.fullmatch(r"(.+)#([0-9]{1,5})of([0-9]{1,5})", path)) and 0 < int(found[2]) <= int(found[3]) and found
     if not frame and path.lower().endswith(VIDEO_FILES):
         raise config.UserError(f"{path} is a video where an image belongs")
-    return read_clip(frame[1], int(frame[3]), limits.max_pixels)[0][int(frame[2]) - 1] if frame else next(frames_of(path, (0,)))
+    return read_clip(frame[1], int(frame[3]), limits.max_pixels)[0][int(frame[2]) - 1].copy() if frame else next(frames_of(path, (0,)))
 
 
 def spread(length: int, count: int) -> list:

@@ -118,7 +118,8 @@ def plan(targets: list, settings: Settings) -> list:
 
 
 def begin(stage: str, settings: Settings, folder: Path, again: str, anew: bool) -> None:
-    """Readies the folder of a stage. What was stopped is gone on with, if it is made of the same; else all goes, but for replies of a server."""
+    """Readies the folder of a stage. What was stopped is gone on with, and refused if it is made of something else;
+    with `anew`, or where nothing was begun, all goes, but for replies of a server."""
     import torch  # late, see config.distributed
 
     threads = torch.get_num_threads()

@@ -1,8 +1,8 @@
 """How fast: this code against TRL, against `generate`, and against a plain loop. Not a test; pytest does not collect it.
 
-    python tests/benchmark.py                      all tables (about an hour on 2 cores)
+    python tests/benchmark.py                      all tables (an hour and a half on 2 cores)
     python tests/benchmark.py --quick              the small size only, few rounds, and processes
-    python tests/benchmark.py --only small group   some of: small trained 10m long layers checkpointed group prompt processes
+    python tests/benchmark.py --only small group   some of them; --help has their names
     python tests/benchmark.py --real 3b            on a GPU: a Qwen2.5-VL of the real shape (3b or 7b) with random weights
 
 TRL is optional: pip install trl (tried: trl 1.16.0 with datasets 5.2.0, accelerate 1.15.0, pyarrow 26.0.1)
@@ -19,7 +19,8 @@ Contestants, on the same weights, prompts (pictures included), group size, lengt
 Contestants take turns in one process, so that whatever else the machine does slows all of them. The first turn warms up; the others give
 medians. "x2.90 [2.71-3.08]" says how many times better this code did: the median over turns, and its range. Nobody's text ends early, since
 the end token is one that all suppress: every contestant makes the same number of tokens. An untrained model never says the same twice. A
-trained one does, and this code runs what is equal once: "trained" shows what that is worth in `small`, whose texts end where they end.
+trained one does, and this code runs what is equal once: "trained" shows what that is worth in `small`, whose texts end where they end, and
+"trained-10m" at 10M parameters. The small world's prompts are short, and sharing them saves the less; "-220" has longer ones.
 
 "update" is a whole step: files to tensors (this code and the plain loop keep what a picture became, as grpo.run does), rollout, rewards,
 reference, gradient, Adam. "learning" is that without the rollout, which has the vision tower's work of this code. Peak memory is that of a
@@ -72,11 +73,15 @@ GPU = torch.cuda.is_available()
 WORK = dict(width=128, layers=4, vocabulary=0, prompts=8, group=8, new=100, prompt_tokens=0, micro=4, sft=0, rounds=2, real="", run="",
             checkpointing=False)
 LAYERS = WORK | dict(width=256, layers=8, prompts=1, new=300, prompt_tokens=1200, rounds=3)
+MIDDLE = WORK | dict(width=320, layers=8, prompts=4, new=64, rounds=6)
+TRAINED = WORK | dict(run="runs/small", prompts=16, new=160, rounds=6)
 SIZES = {  # name: (work, what it stands for)
+    "trained": (TRAINED, "GRPO of `small` itself, from runs/small: its model, the pairs of images that it judged wrongly, texts that end"),
+    "trained-10m": (TRAINED | dict(width=320, layers=8), "the same texts, by a model of 10M parameters: that of `small` made wider and deeper"),
     "small": (WORK | dict(sft=128, rounds=6), "the small model and the small world's prompts"),
-    "trained": (WORK | dict(run="runs/small", prompts=16, new=160, rounds=8),
-                "GRPO of `small` itself, from runs/small: its model, the pairs of images that it judged wrongly, texts that end"),
-    "10m": (WORK | dict(width=320, layers=8, prompts=4, new=64, sft=64, rounds=6), "about 10M parameters, the small world's prompts"),
+    "10m": (MIDDLE | dict(sft=64), "about 10M parameters, the small world's prompts"),
+    "small-220": (WORK | dict(new=64, prompt_tokens=220, rounds=6), "the small model, each prompt with two pictures of 128 x 128"),
+    "10m-220": (MIDDLE | dict(prompt_tokens=220), "about 10M parameters, each prompt with two pictures of 128 x 128"),
     "long": (WORK | dict(prompts=1, new=300, prompt_tokens=1200, vocabulary=152064, rounds=3),
              "long prompts, 152k vocabulary; at this width most of the work is the vocabulary's"),
     "layers": (LAYERS, "the same lengths; most of the work is the layers', as in a model of billions"),
@@ -110,8 +115,26 @@ def build_real(shape: dict, tokenizer) -> tuple:
     return model, M.Processor(tokenizer, Qwen2VLImageProcessorPil(patch_size=14, merge_size=2, temporal_patch_size=2, max_pixels=512 * 512))
 
 
-def copy_world(run: Path, prompts: int, out: Path) -> None:
+def grow(folder: Path, size: dict) -> None:
+    """Makes the model in `folder` as wide and deep as `size` says, and it writes what it wrote: what is new is 0, so that new numbers of the
+    residual stream stay 0, and new heads and layers add nothing. RMS norms then average over more numbers: their weights make up for that."""
+    old, processor = M.load(str(folder))
+    width, wide = old.config.text_config.hidden_size, size["width"]
+    model, _ = pretrain.build_small(config.Model(hidden_size=wide, layers=size["layers"], heads=wide // 32, intermediate_size=3 * wide),
+                                    processor.tokenizer)
+    known = dict(old.named_parameters())
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.zero_()
+            if name in known:
+                shrunk = (width / wide) ** 0.5 if "language_model" in name and "norm" in name else 1.0
+                parameter[tuple(map(slice, known[name].shape))] = known[name] * shrunk
+    M.save(model, processor, folder)
+
+
+def copy_world(size: dict, out: Path) -> None:
     """Takes from a finished run what make_world would make; pairs of clips are left out, which would want torchvision of TRL."""
+    run, prompts = config.ROOT / size["run"], size["prompts"]
     if not (run / "grpo" / "done.json").is_file():
         raise config.UserError(f"{run} is not finished: python grpo.py --config small")
     samples = random.Random(0).sample([s for s in data.read_samples(run / "rejection" / "wrong.jsonl") if not data.is_video(s.task)], prompts)
@@ -122,6 +145,8 @@ def copy_world(run: Path, prompts: int, out: Path) -> None:
         sample.media = moved(sample.media)
     data.write_jsonl(out / "rejection" / "wrong.jsonl", map(data.sample_row, samples))
     data.write_jsonl(out / "sft.jsonl", [])
+    if size["width"] > WORK["width"]:
+        grow(out / "rejection_sft", size)
 
 
 def make_world(size: dict, out: Path) -> None:
@@ -157,7 +182,7 @@ def make_world(size: dict, out: Path) -> None:
 def open_world(size: dict, out: Path) -> dict:
     """What all contestants work on; made first if it is not there."""
     if config.is_main() and not (out / "ready").is_file():
-        copy_world(config.ROOT / size["run"], size["prompts"], out) if size["run"] else make_world(size, out)
+        copy_world(size, out) if size["run"] else make_world(size, out)
         (out / "ready").touch()
     config.wait_for_all()
     settings = config.load_settings(f"qwen2.5-vl-{size['real']}", []) if size["real"] else config.Settings()
@@ -226,7 +251,7 @@ def step_of_this(world: dict, plain: bool = False) -> dict:
         made, *_ = grpo.rollout(model, processor, world["samples"], own, prompts)
         assert world["ends"] or int(made.lengths.min()) == own.max_new_tokens
     rollout = clock() - encoded
-    advantages = grpo.group_advantages(world["coin"]()).to(made.ids.device)
+    advantages = grpo.group_advantages(world["coin"]())
     with patch.object(M, "completion_logprobs", functools.partial(M.completion_logprobs, share_prompt=not plain)):
         with torch.no_grad():
             reference = M.completion_logprobs(world["reference"](), processor, prompts, made.ids, made.lengths, own.temperature)

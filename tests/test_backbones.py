@@ -24,6 +24,7 @@ import grpo
 import model as M
 import sft
 from base import pretrain
+from pretend_gpu import a_gpu
 
 FAMILIES = ("qwen2_5_vl", "qwen3_vl", "llava_onevision")
 HALF = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
@@ -396,12 +397,11 @@ def test_llava_has_as_many_placeholders_as_the_official_formula_says(release, ba
 # -------------------------------------------------------------------------------------------------------- the whole way round
 
 
-@pytest.fixture(scope="module")
-def trained(release, samples, tmp_path_factory) -> tuple:
-    """One SFT step, sampling, one GRPO step and saving, by the functions of the scripts: (folder, weights before, model, processor)."""
+def train(release, samples, folder: Path) -> tuple:
+    """One SFT step, sampling, one GRPO step and saving, by the functions of the scripts: (folder, weights before, in between, model, processor)."""
     model, processor = M.load(str(release))
     before = {name: value.detach().clone() for name, value in model.named_parameters()}
-    folder, chosen = tmp_path_factory.mktemp("trained"), [next(s for s in samples if s.task == task) for task in data.TASKS]
+    chosen = [next(s for s in samples if s.task == task) for task in data.TASKS]
     verdict = lambda s: data.verdict_string(s.task, s.label)
     examples = [(data.build_prompt(s, "think"), data.write_reasoning(s.task, s.reasons, s.scores, verdict(s))) for s in chosen[:2]]
     examples += [(data.build_prompt(s, "answer"), f"<answer>{verdict(s)}</answer>") for s in chosen[2:]]
@@ -417,11 +417,25 @@ def trained(release, samples, tmp_path_factory) -> tuple:
     assert len(texts) == 12 and rewards["format"].shape == (4, 3)
     with torch.no_grad():
         ref_logprobs = M.completion_logprobs(reference, processor, prompts, made.ids, made.lengths)
-    advantages = grpo.group_advantages(torch.rand(4, 3, generator=torch.Generator().manual_seed(0))).to(M.device_of(model))
+    advantages = grpo.group_advantages(torch.rand(4, 3, generator=torch.Generator().manual_seed(0)))
     metrics = grpo.update(model, processor, optimizer, prompts, made, advantages, ref_logprobs, own)
     assert metrics["grad_norm"] > 0 and metrics["kl"] == pytest.approx(0, abs=1e-6)
     M.save(model, processor, folder)
     return folder, before, middle, model, processor
+
+
+@pytest.fixture(scope="module")
+def trained(release, samples, tmp_path_factory) -> tuple:
+    return train(release, samples, tmp_path_factory.mktemp("trained"))
+
+
+def test_nothing_is_left_behind_where_there_is_a_gpu(trained, release, samples, tmp_path):
+    """All of it again on the GPU that tests/pretend_gpu.py pretends, with the same SFT step; what is sampled then is another draw."""
+    with a_gpu():
+        _, _, middle, *_ = train(release, samples, tmp_path)
+        middle = {name: value.cpu() for name, value in middle.items()}
+    assert all((value - middle[name]).abs().mean() < 0.02 * 1e-3 for name, value in trained[2].items()), "the step is one of 1e-3"
+    assert (tmp_path / "model.safetensors").is_file()
 
 
 def test_only_the_language_model_has_changed(trained, release):
@@ -491,13 +505,16 @@ def test_gradient_checkpointing_changes_memory_and_nothing_else(release, samples
     longest = max(len(prompt["ids"]) for prompt in prompts)
     tokens = 2 * longest + 4 * 19 if share_prompt else 4 * (longest + 20)
     for checkpointing in (False, True):
-        again, runs = copy.deepcopy(model), []
+        again, runs, differentiated = copy.deepcopy(model), [], []
+        tower = again.model.vision_tower if hasattr(again.model, "vision_tower") else again.model.visual
+        tower.register_forward_hook(lambda *made: differentiated.append(made[-1].last_hidden_state.requires_grad))
         for layer in again.model.language_model.layers:
             layer.mlp.register_forward_pre_hook(lambda _, inputs: runs.append(inputs[0].shape[:2].numel()))
         sft.optimizer_for(again, config.GRPO(gradient_checkpointing=checkpointing))
         with torch.profiler.profile(profile_memory=True) as profile:
             logprobs = M.completion_logprobs(again, processor, prompts, ids, lengths, share_prompt=share_prompt)
         assert sum(runs) == layers * tokens and again.training is checkpointing
+        assert differentiated and not any(differentiated), "the tower does not learn"
         (logprobs * weights).sum().backward()
         assert sum(runs) == layers * tokens * (1 + checkpointing), "run again in backward"
         saved.append(sum(event.self_cpu_memory_usage for event in profile.events()))

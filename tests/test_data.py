@@ -97,6 +97,20 @@ def test_added_dimensions_are_read_and_count_in_the_sums():
     assert not parse_verdict(chain(TWO_ITEMS + items + SUMS), "image_generation").sums_ok
 
 
+@pytest.mark.parametrize("name", ["Viewer's interest", "Viewer’s interest", "Colour, light", "Form (overall)", "Ästhetik", "構図"])
+def test_an_added_dimension_may_have_any_name(name):
+    verdict = parse_verdict(chain(f"{TWO_ITEMS}3. {name}: Image 1: warm (6/10). Image 2: flat (5/10).\n"
+                                  "Total score: Image 1: 9+8+6=23. Image 2: 4+10+5=19."), "image_generation")
+    assert verdict.scores == SCORES | {name.lower(): {1: 6, 2: 5}} and verdict.consistent
+
+
+def test_sums_do_not_agree_where_an_item_leaves_out_a_candidate():
+    """Else leaving out what speaks for the other one would be paid for."""
+    one_sided = TWO_ITEMS.replace(" Image 2: none (10/10).", "") + "Total score: Image 1: 9+8=17. Image 2: 4=4."
+    verdict = parse_verdict(chain(one_sided), "image_generation")
+    assert verdict.scores == SCORES | {"authenticity": {1: 8}} and not verdict.sums_ok and not verdict.consistent
+
+
 def test_a_dimension_that_scores_a_candidate_twice_is_left_out():
     verdict = parse_verdict(chain("1. Aesthetics: Image 1: good (9/10). Image 2: bad (4/10). Image 1: no, worse (2/10).\n"), "image_generation")
     assert verdict.scores == {}
@@ -113,6 +127,7 @@ def test_a_dimension_that_scores_a_candidate_twice_is_left_out():
     ("Image 1: 9+8=17. Image 2: 4+10=14.", "Image 2 is better", True, False),  # the verdict does not follow
     ("Image 1: 9+8=17. Image 2: 4+10=14.", "Both images are equally good", True, False),
     ("Image 1: 9+8=17. Image 2: 4+10=14.", "the first", True, False),
+    ("Image 1: 9+8=17. Image 2: 4=4.", "Image 1 is better", False, False),
 ])
 def test_sums_and_verdict_are_checked_against_the_scores(sums, verdict, sums_ok, consistent):
     read = parse_verdict(chain(f"{TWO_ITEMS}Total score: {sums}", verdict), "image_generation")

@@ -353,6 +353,17 @@ def test_what_a_prompt_costs_is_learnt_from_one_reply_before_many_are_asked_for(
         settings.distill.temperature, settings.distill.max_cost = 0.5, 3.5
 
 
+def test_the_dearest_prompt_may_meet_the_longest_reply(run_folder, serve):
+    """The first reply is short; the next may cost 1 for its prompt and 1 more for its text."""
+    tokens = lambda server: (100, 100 if len(server.seen) > 1 else 1)
+    server = serve(data.read_samples(run_folder / "data" / "distill.jsonl"), lambda attempt, s, body: completion(right(s), tokens=tokens(server)))
+    settings = teacher(server, price_in=1e4, price_out=1e4, max_new_tokens=100, max_cost=2.5)
+    settings.distill.concurrency = 1
+    with pytest.raises(config.UserError, match="cost 1.0100, and 1 requests may add 2.0000"):
+        distill.run("distill", settings, run_folder / "distill")
+    assert len(server.seen) == 1
+
+
 def test_a_server_that_counts_no_tokens_is_taken_at_the_dearest(run_folder, serve):
     samples = data.read_samples(run_folder / "data" / "distill.jsonl")
     server = serve(samples, lambda attempt, s, body: {key: value for key, value in completion(right(s)).items() if key != "usage"})

@@ -22,6 +22,7 @@ import data
 import evaluate
 import model as M
 import report
+import shapes
 from results import bench
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -57,6 +58,17 @@ def pictures(tmp_path) -> list:
 
 
 # ---------------------------------------------------------------------------------------------------------------- metrics
+
+
+def test_fewer_pairs_are_drawn_from_all_of_a_split_and_keep_its_order(tmp_path):
+    """Ties come first in the small world's split, and a test of one's own has its sources in blocks."""
+    settings = config.Settings()
+    shapes.draw_split("ties", settings, tmp_path / "data")
+    everything = evaluate.read_split("ties", settings, tmp_path)
+    settings.evaluate.test_pairs = 30
+    few = evaluate.read_split("ties", settings, tmp_path)
+    assert [s.task for s in few] == ["image_generation"] * 30 + ["video_generation"] * 30 and few == [s for s in everything if s in few]
+    assert len(everything) == 180 and 10 <= sum(s.label == 0 for s in few) <= 30 and few == evaluate.read_split("ties", settings, tmp_path)
 
 
 def random_rows(seed: int, both: bool = True) -> list:

@@ -518,6 +518,20 @@ def test_a_clip_is_a_clip_whatever_its_folder_is_called_and_whatever_else_a_row_
     assert made[2].swapped().answers == extra["answers"][::-1] and not made[2].scores
 
 
+def test_the_frames_of_one_video_are_not_taken_for_several_videos(folder):
+    row = next(row for row in pairs() if row["task"] == "video_understanding")
+    rows = [row | {"media": ["clip0.gif"]}, row | {"media": ["clip0.gif", "clip1.gif"]}]
+    with pytest.raises(config.UserError, match=r"rows\.jsonl, line 2: .*the frames of a video are a list in the list of media: \[\[\.\.\.\]\]"):
+        stage(folder / "run", pool=write(folder / "rows.jsonl", rows))
+
+
+def test_a_frame_that_is_changed_is_not_the_one_that_is_kept(folder):
+    frame = media.read_image(f"{folder / 'clip0.gif'}#1of2")
+    size = frame.size
+    frame.thumbnail((4, 4))
+    assert media.read_image(f"{folder / 'clip0.gif'}#1of2").size == size != frame.size
+
+
 def test_a_bad_row_of_a_json_list_is_named_by_its_place_in_it(folder):
     rows = official()
     rows[2]["images"] = ["nowhere.png"]
