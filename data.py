@@ -106,6 +106,15 @@ def media_parts(sample: Sample) -> list:
     return show + [{"type": "text", "text": f"\nQuestion: {sample.prompt}\n{answers}"}]
 
 
+def with_media(text: str, shown: list) -> list:
+    """Content parts of a text whose <image> and <video> are where `shown` belongs; where they are not as many, it stands before the text."""
+    texts = re.split("<image>|<video>", text)
+    if len(texts) != len(shown) + 1:
+        texts = [""] * len(shown) + ["".join(texts)]
+    parts = [part for k, said in enumerate(texts) for part in ({"type": "text", "text": said}, *shown[k : k + 1])]
+    return [part for part in parts if part.get("text", True)]
+
+
 def build_prompt(sample: Sample, mode: str, style: str = "short", allow_tie: bool = False) -> list:
     """The user turn for one pair as content parts. `mode` "think" asks for reasoning in the format that `write_reasoning` writes and
     `parse_verdict` reads, "answer" for the bare verdict. `style` "short" only names the dimensions and the steps, which a model that
@@ -118,7 +127,8 @@ def build_prompt(sample: Sample, mode: str, style: str = "short", allow_tie: boo
         text = sample.problem
         if mode == "answer" and THINK in text:  # the official rows ask for reasoning, which the direct controls are to do without
             text += f"\nLeave the reasoning out: write exactly one of {choices} and nothing else."
-    elif style == "short":
+        return with_media(text, media_parts(sample))
+    if style == "short":
         direct = f"Which is better, {noun} 1 or {noun} 2{', or are both equally good' if ties else ''}? Answer directly."
         text = steps_text(sample.task, dimensions, STEPS) if mode == "think" else direct
     else:
@@ -304,7 +314,7 @@ def row_sample(row: dict, root: Path) -> Sample:
     media = [files[k * len(files) // clips : (k + 1) * len(files) // clips] for k in range(clips)] if clips else files
     if "media" in row:
         media = [str(root / item) if isinstance(item, str) else [str(root / file) for file in item] for item in flat(row["media"])]
-    problem = "" if "prompt" in row or "media" in row else re.sub(r"<image>|<video>", "", row.get("problem") or row["conversations"][0]["value"])
+    problem = "" if "prompt" in row or "media" in row else row.get("problem") or row["conversations"][0]["value"]
     label, parts = row.get("label", parse_answer(text, task)), (row.get("prompt", ""), media, row.get("answers", []))
     known = {"response": response} | ({} if "media" in row else row)  # "scores" of one's own may be anything
     return Sample(str(row.get("id", "")), task, *parts, label, known.get("scores", {}), known.get("reasons", {}), problem, known["response"])

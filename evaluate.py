@@ -132,7 +132,7 @@ def judge_checkpoint(stage: str, mode: str, settings: config.Settings, out: Path
             orders = (False, True) if split == "test" else (False,)
             file = folder / f"{stage}-{mode}-{split}-{hashlib.sha256(json.dumps(state).encode()).hexdigest()[:16]}.texts"
             judged = judge(model, processor, samples, mode, settings.evaluate, split == "ties", f"{stage}, {mode}: {split}", orders,
-                           stages.style(mode, settings, out), file=file)
+                           stages.style(mode, settings, out, stage), file=file)
             rows += [{"split": split} | row for row in judged]
         data.write_jsonl(kept, rows)
         made = {"state": state, "splits": {split: {scope: summarise(found) for scope in (*data.TASKS, "all")
@@ -213,7 +213,7 @@ def choose_model(options) -> tuple:
         raise config.UserError(f"--prompt-file {file}: it is empty")
     stage, run = Path(source).absolute().name, Path(source).absolute().parent
     settings, made_here, moved = settings_of(run, options), stages.made_by(stage, run), not stages.made_by("base", run)
-    trained = Path(source, "figures.json").is_file() or made_here and (moved or stages.style(options.mode, settings, run) == "short")
+    trained = Path(source, "figures.json").is_file() or made_here and (moved or stages.style(options.mode, settings, run, stage) == "short")
     style = options.style or ("short" if trained else "full")
     print(f"model: {source} ({style} prompts)", file=sys.stderr)
     own = config.dataclasses.replace(settings.evaluate, key_variable=options.key_variable)

@@ -78,7 +78,7 @@ def explain_grpo(stage: str, settings: config.Settings, out: Path) -> None:
     model, processor = M.load(start)
     optimizer = sft.optimizer_for(model, own)
     for sample in samples:
-        prompts = grpo.encode_prompts(processor, model, [sample], own.mode, stages.style(own.mode, settings, out))
+        prompts = grpo.encode_prompts(processor, model, [sample], own.mode, stages.style(own.mode, settings, out, stage))
         made, texts, rewards = grpo.rollout(model, processor, [sample], own, prompts, [settings.run.seed])
         total = grpo.total_reward(rewards, own)
         if total.unique().numel() > 1:

@@ -139,6 +139,14 @@ def rollout(model, processor, samples: list, own: config.GRPO, prompts: list, se
     return made, texts, {name: torch.tensor([[r[name] for _, r in group] for group in groups]) for name in groups[0][0][1]}
 
 
+@torch.no_grad()
+def reference_logprobs(reference, processor, prompts: list, made: M.Completions, own: config.GRPO) -> torch.Tensor:
+    """log pi_ref(y_t) of a rollout [P * G, T], in the micro-batches of the update."""
+    G, size = own.group_size, own.micro_prompts
+    pieces = zip(range(0, len(prompts), size), made.ids.split(size * G), made.lengths.split(size * G))
+    return torch.cat([M.completion_logprobs(reference, processor, prompts[k : k + size], *piece, own.temperature) for k, *piece in pieces])
+
+
 def update(model, processor, optimizer, prompts: list, made: M.Completions, advantages: torch.Tensor, ref_logprobs, own: config.GRPO,
            replayed: list = ()) -> dict:
     """One optimiser step on a rollout, in micro-batches of whole groups. Prompts, completions and advantages [P, G] are those of this process;
@@ -196,7 +204,7 @@ def run(stage: str, settings: config.Settings, folder: Path) -> str:
     turn = lambda sample, rng: sample.swapped() if own.random_order and sample.turns and rng.random() < 0.5 else sample
     drawn = batches(samples, own.prompts_per_step, f"{settings.run.seed}/{stage}", turn)
     practice = practice_examples(stage, settings, folder, replay * own.steps) if replay else []
-    style, drawn = stages.style(own.mode, settings, out), zip(drawn, batches(practice, replay, f"{settings.run.seed}/{stage}/replay"))
+    style, drawn = stages.style(own.mode, settings, out, stage), zip(drawn, batches(practice, replay, f"{settings.run.seed}/{stage}/replay"))
     # One batch a step, whatever the step does with it: a run that goes on after a stop skips as many as there were steps.
     for step, (batch, replayed) in steps_to_go(drawn, own.steps, stage, folder, model, optimizer, own.save_minutes):
         clock, mine = [time.time()], config.share(batch)  # the prompts of this process; all of them, where it is the only one
@@ -209,12 +217,7 @@ def run(stage: str, settings: config.Settings, folder: Path) -> str:
         clock.append(time.time())
         ref_logprobs = None
         if reference is not None:
-            reference.to(device)
-            with torch.no_grad():
-                rows, starts = own.micro_prompts * own.group_size, range(0, len(mine), own.micro_prompts)
-                pieces = zip(starts, made.ids.split(rows), made.lengths.split(rows))
-                ref_logprobs = torch.cat([M.completion_logprobs(reference, processor, prompts[k : k + own.micro_prompts], *piece, own.temperature)
-                                          for k, *piece in pieces])
+            ref_logprobs = reference_logprobs(reference.to(device), processor, prompts, made, own)
             reference.to(waits)
         clock.append(time.time())
         optimizer.param_groups[0]["lr"] = rate = learning_rate(step, own.steps, own.lr, own.warmup)

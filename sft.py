@@ -197,7 +197,7 @@ def start_and_examples(stage: str, settings: config.Settings, out: Path) -> tupl
         raise config.UserError(f"{stage}: {out / file} is empty, so there is nothing to train on; {others} beside it has what came instead. "
                                "Texts that are cut off need a larger max_new_tokens")
     if stage == "direct_sft":
-        style, verdict = stages.style("answer", settings, out), lambda s: f"<answer>{data.verdict_string(s.task, s.label)}</answer>"
+        style, verdict = stages.style("answer", settings, out, stage), lambda s: f"<answer>{data.verdict_string(s.task, s.label)}</answer>"
         examples = [(data.build_prompt(s, "answer", style), verdict(s)) for s in data.read_samples(out / file)]
     return stages.checkpoint(start, settings, out), examples
 

@@ -65,11 +65,12 @@ def checkpoint(stage: str, settings: Settings, out: Path) -> str:
     return str(ROOT / settings.model.path) if (ROOT / settings.model.path).is_dir() else settings.model.path
 
 
-def style(mode: str, settings: Settings, out: Path) -> str:
-    """Of the chain's prompts (data.build_prompt). Whoever is to think was trained on the short ones. Bare verdicts are also asked of a base from
-    elsewhere, which never saw them: it gets the full ones, and so do all that are compared with it. One of these files: it was trained here."""
+def style(mode: str, settings: Settings, out: Path, stage: str) -> str:
+    """Of a stage's prompts (data.build_prompt). Whoever learnt to think in the cold start was trained on the short ones. A base from elsewhere never
+    saw them: it gets the full ones, and for bare verdicts so do all that are compared with it. One of these files: it was trained here."""
     here = any(Path(checkpoint("base", settings, out), name).is_file() for name in ("figures.json", "done.json"))
-    return "short" if mode == "think" or here else "full"
+    taught = (settings.grpo.start if stage == "grpo" else stage) in ("cold_start", "rejection_sft")
+    return "short" if here or mode == "think" and taught else "full"
 
 
 def inputs(stage: str, settings: Settings) -> list:

@@ -253,8 +253,7 @@ def step_of_this(world: dict, plain: bool = False) -> dict:
     rollout = clock() - encoded
     advantages = grpo.group_advantages(world["coin"]())
     with patch.object(M, "completion_logprobs", functools.partial(M.completion_logprobs, share_prompt=not plain)):
-        with torch.no_grad():
-            reference = M.completion_logprobs(world["reference"](), processor, prompts, made.ids, made.lengths, own.temperature)
+        reference = grpo.reference_logprobs(world["reference"](), processor, prompts, made, own)
         for group in world["optimizer"]().param_groups:
             group["lr"] = own.lr
         grpo.update(model, processor, world["optimizer"](), prompts, made, advantages, reference, own)

@@ -95,7 +95,9 @@ def test_a_base_from_elsewhere_is_told_the_verdicts_and_what_is_compared_with_it
         settings = config.load_settings("smoke", [("model.path", str(base))])
         _, examples = sft.start_and_examples("direct_sft", settings, chain[0])
         assert examples and all(asked in parts[-1]["text"] for parts, _ in examples)
-    assert stages.style("answer", config.load_settings("smoke", []), chain[0]) == "short", "trained in the run itself"
+    assert stages.style("answer", config.load_settings("smoke", []), chain[0], "base") == "short", "trained in the run itself"
+    style = lambda start: stages.style("think", config.load_settings("smoke", [("model.path", str(tmp_path)), ("grpo.start", start)]), chain[0], "grpo")
+    assert [style(start) for start in ("base", "direct_sft", "cold_start", "rejection_sft")] == ["full", "full", "short", "short"]
 
 
 def test_filters_sort_by_label_and_lose_nothing(chain):

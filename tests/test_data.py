@@ -7,6 +7,7 @@ import json
 import random
 import re
 import signal
+from pathlib import Path
 
 import pytest
 from PIL import Image
@@ -109,6 +110,18 @@ def test_sums_do_not_agree_where_an_item_leaves_out_a_candidate():
     one_sided = TWO_ITEMS.replace(" Image 2: none (10/10).", "") + "Total score: Image 1: 9+8=17. Image 2: 4=4."
     verdict = parse_verdict(chain(one_sided), "image_generation")
     assert verdict.scores == SCORES | {"authenticity": {1: 8}} and not verdict.sums_ok and not verdict.consistent
+
+
+@pytest.mark.parametrize("text, shown", [
+    ("First: <image>\nSecond: <image>\nWhich?", ["First: ", "a.png", "\nSecond: ", "b.png", "\nWhich?"]), ("<image><image>Which?", ["a.png", "b.png", "Which?"]),
+    ("Which?", ["a.png", "b.png", "Which?"]), ("See <image>: which?", ["a.png", "b.png", "See : which?"])])
+def test_the_pictures_of_an_official_row_stand_where_its_text_says(text, shown):
+    row = {"problem": text, "solution": "<answer>Image 1 is better</answer>", "images": ["a.png", "b.png"]}
+    sample = data.row_sample(row, Path("/x"))
+    read = [part["text"] if part["type"] == "text" else Path(part["image"]).name for part in data.build_prompt(sample, "think")]
+    assert read == shown
+    again = data.row_sample(data.sample_row(sample), Path("/"))
+    assert data.build_prompt(again, "think") == data.build_prompt(sample, "think")
 
 
 def test_a_dimension_that_scores_a_candidate_twice_is_left_out():
