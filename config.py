@@ -65,7 +65,7 @@ class Data:
 
 @dataclass
 class Model:
-    path: str = setting("", "where the chain starts: a folder or hub name; empty means runs/NAME/base, trained from random weights")
+    path: str = setting("", "where the chain starts: a folder (of the repository, else from here) or hub name; empty: runs/NAME/base, from random weights")
     hidden_size: int = setting(128, "width of the small text model")
     layers: int = setting(4, "depth of the small text model")
     heads: int = setting(4, "attention heads of the small text model")

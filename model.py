@@ -453,14 +453,16 @@ def completion_logprobs(model, processor: Processor, prompts: list, ids: torch.T
                 latest.append((torch.cat([past.index_select(0, owner), own], 2), past, own))
                 return latest[-1][0]
 
-            # Attention keeps its keys and values for backward, here the prompt's once per completion: they are joined anew instead. (Where layers are
-            # run again this is so anyway. Where several heads share keys, transformers repeats them first, and the copies are kept.) The rest is
-            # kept as it is, but detached: an operation that keeps its own output would hold itself.
+            # What an operation needs in backward goes through `pack` when it is kept and through `unpack` when it is used. Attention keeps joined keys
+            # and values, so the prompt's once per completion: of these only the two parts are kept, and joined anew. (Where layers are run again
+            # this is so anyway. Where several heads share keys, transformers repeats them first, and the copies are kept.) All else is kept as it
+            # is, but detached: an operation that keeps its own output would hold itself.
             pack = lambda x: next((parts for joined, *parts in latest if x.is_set_to(joined)), x.detach())
+            unpack = lambda kept: join(*kept) if isinstance(kept, list) else kept
             past = Cache(layers=[SharedPrompt(layer.keys, layer.values, join) for layer in cache.layers])
             for layer in cache.layers:
                 layer.keys = layer.values = None  # the graph holds this cache: it would hold itself
-            with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: join(*x) if isinstance(x, list) else x):
+            with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
                 rest = model(input_ids=ids[:, :steps], position_ids=positions[:, :, :steps], past_key_values=past, use_cache=False,
                              attention_mask=shared_prompt_mask(inputs["attention_mask"], owner, steps, prefill.logits.dtype))
             latest.clear()

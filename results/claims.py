@@ -166,7 +166,7 @@ def stage_table(runs: list, split: str) -> str:
     for name, key in KEYS:
         cells = [cell([per_pair(run, key, split, task).values() for run in runs]) for task in (*data.TASKS, "all")]
         lines.append([name, *cells, " / ".join(map(str, PAPER.get(key, "-")))])
-    return markdown(["", *(task.replace("_", " ") for task in data.TASKS), "mean", "paper"], lines)
+    return markdown(["", *(task.replace("_", " ") for task in data.TASKS), "mean", "paper: VLRewardBench / GenAI image / GenAI video / VideoGen"], lines)
 
 
 def reasoning_cells(runs: list, key: str) -> list:
