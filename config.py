@@ -65,7 +65,7 @@ class Data:
 
 @dataclass
 class Model:
-    path: str = setting("", "where the chain starts: a folder (of the repository, else from here) or hub name; empty: runs/NAME/base, from random weights")
+    path: str = setting("", "where the chain starts: a folder (of the repository, else from here) or hub name; empty: trained anew")
     hidden_size: int = setting(128, "width of the small text model")
     layers: int = setting(4, "depth of the small text model")
     heads: int = setting(4, "attention heads of the small text model")
@@ -78,7 +78,7 @@ class Model:
 @dataclass
 class Learning:  # what SFT and GRPO have in common
     lr: float = setting(2.5e-6, "peak learning rate")
-    warmup: float = setting(0.03, "share of steps in which the rate rises (official script; paper: 0.3), before a cosine lowers it to zero", allowed=(0, 1))
+    warmup: float = setting(0.03, "share of steps in which the rate rises (script; paper: 0.3), before a cosine lowers it to 0", allowed=(0, 1))
     max_grad_norm: float = setting(1.0, "gradients are scaled down to this norm")
     max_skipped: int = setting(10, "steps in a row that may be skipped, as loss or gradient is not finite; one more ends the run", False, (0, 1e12))
     freeze_vision: bool = setting(True, "train the language model only")
