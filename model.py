@@ -453,9 +453,9 @@ def completion_logprobs(model, processor: Processor, prompts: list, ids: torch.T
                 latest.append((torch.cat([past.index_select(0, owner), own], 2), past, own))
                 return latest[-1][0]
 
-            # What an operation needs in backward goes through `pack` when it is kept and through `unpack` when it is used. Attention keeps joined keys
+            # What an operation needs in backward passes through `pack` when kept and through `unpack` when used. Attention keeps joined keys
             # and values, so the prompt's once per completion: of these only the two parts are kept, and joined anew. (Where layers are run
-            # again this is so anyway. Where several heads share keys, transformers repeats them first, and the copies are kept.) All else is kept as
+            # again it is so anyway. Where several heads share keys, transformers repeats them first, and the copies are kept.) All else is kept as
             # it is, but detached: an operation that keeps its own output would hold itself.
             pack = lambda x: next((parts for joined, *parts in latest if x.is_set_to(joined)), x.detach())
             unpack = lambda kept: join(*kept) if isinstance(kept, list) else kept
