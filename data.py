@@ -151,10 +151,11 @@ def steps_text(task: str, dimensions, steps) -> str:
 
 
 def fill_template(template: str, sample: Sample, mode: str) -> str:
-    """A prompt text of the user's own (--prompt-file) for one pair, to be its `problem`: it follows the media and replaces all other text."""
+    """A prompt text of the user's own (--prompt-file) for one pair, to be its `problem`: it replaces all other text."""
     values = {"noun": candidate_noun(sample.task), "prompt": sample.prompt, "dimensions": ", ".join(DIMENSIONS[sample.task]),
               "verdicts": " or ".join(list(verdict_strings(sample.task))[: 2 if mode == "think" else 3])}
     values |= {f"answer_{k}": answer for k, answer in enumerate(sample.answers, 1)}
+    values = {name: re.sub("<(?=(image|video)>)", "< ", value) for name, value in values.items()}  # pictures stand where the template says
     try:
         return template.format_map(values)
     except (KeyError, ValueError, IndexError, AttributeError, TypeError) as error:
@@ -201,7 +202,7 @@ class Verdict:
 INSIDE = r"(?:(?!</?(?:think|answer)>).)*"  # text without tags
 # The whole text: one non-empty think block without tags inside, white space, one answer block, and nothing else.
 FORMAT = re.compile(rf"<think>(?!\s*</think>){INSIDE}</think>\s*<answer>{INSIDE}</answer>", re.DOTALL)
-HEADING = re.compile(r"(?:^|(?<=\s))\d{1,2}\. {0,3}\**([^\W\d_](?:[^\W\d_]|[ &/'’,()-]){1,60}?)\** {0,3}:")
+HEADING = re.compile(r"(?:^ ?|(?<=\n)|(?<=\s\s)|(?<=[.)!?:] ))\d{1,2}\. {0,3}\**([^\W\d_](?:[^\W\d_]|[ &/'’,()-]){1,60}?)\** {0,3}:")
 NUMBER = r"\d{1,3}(?:\.\d)?"
 
 
@@ -411,8 +412,10 @@ def usable(row: dict, folder: Path, own: config.Data) -> Sample:
         raise ValueError(f"the label (or the verdict in its place) is {sample.label!r}; {sample.task} has {', '.join(map(str, allowed))}")
     if len(sample.media) < media or len(sample.media) > media == 2:
         raise ValueError(f"{len(sample.media)} media; {sample.task} has {media}")
-    if sample.task == "video_understanding" and len(sample.media) > 1 and any(isinstance(item, str) for item in sample.media):
-        raise ValueError("the frames of a video are a list in the list of media: [[...]]")
+    if sample.task == "video_understanding" and len(sample.media) > 1:
+        raise ValueError(f"{len(sample.media)} media; {sample.task} has one, whose frames are a list in the list: [[...]]")
+    if sample.problem and not re.sub("<image>|<video>", "", sample.problem).strip():
+        raise ValueError("the prompt is empty")
     if not sample.problem and (len(texts) != 5 - 2 * media or not all(isinstance(text, str) and text.strip() for text in texts)):
         raise ValueError("the prompt is empty, or there are not two answers with text in them (generation: none)")
     if (length := len("".join(texts) + sample.problem)) > 100_000:  # whether it fits the model is seen when it is tokenised

@@ -110,9 +110,9 @@ def judge(model, processor, samples: list, mode: str, own: config.Evaluate, allo
 def read_split(split: str, settings: config.Settings, out: Path) -> list:
     file, limit = out / "data" / f"{split}.jsonl", settings.evaluate.test_pairs
     samples = data.read_samples(file) if file.is_file() else []  # a test of one's own has no other splits beside it
-    rng, of = random.Random(f"{settings.run.seed}/{split}"), lambda task: [s for s in samples if s.task == task]
-    drawn = lambda rows: [rows[k] for k in sorted(rng.sample(range(len(rows)), min(limit or len(rows), len(rows))))]  # ties, sources come in blocks
-    return [s for task in data.TASKS for s in drawn(of(task))]
+    rng = random.Random(f"{settings.run.seed}/{split}")  # not the first ones: ties stand together, and so do the pairs of a source
+    drawn = lambda rows: [rows[k] for k in sorted(rng.sample(range(len(rows)), min(limit or len(rows), len(rows))))]
+    return [s for task in data.TASKS for s in drawn([s for s in samples if s.task == task])]
 
 
 def judge_checkpoint(stage: str, mode: str, settings: config.Settings, out: Path) -> dict:

@@ -65,8 +65,8 @@ def optimizer_for(model, own, weight_decay: float = 0.0) -> torch.optim.AdamW:
             layer._can_checkpoint_with_cache = True  # transformers' own switch; it may be on, since model.SharedPrompt is not written to twice
     learning = [p for p in model.parameters() if p.requires_grad]
     copies = [p.detach().to("cpu" if own.offload else p.device).float().requires_grad_() for p in learning if learning[0].dtype == torch.bfloat16]
-    fused = own.offload if copies else None
-    optimizer = torch.optim.AdamW(copies or learning, lr=0.0, betas=(0.9, 0.99), weight_decay=weight_decay, fused=fused or None)
+    fused = True if copies and own.offload else None  # in host memory it is faster; elsewhere torch chooses
+    optimizer = torch.optim.AdamW(copies or learning, lr=0.0, betas=(0.9, 0.99), weight_decay=weight_decay, fused=fused)
 
     def collect(copy, parameter):
         copy.grad = parameter.grad.to(copy.device, torch.float32) + (0.0 if copy.grad is None else copy.grad)

@@ -20,7 +20,7 @@ Contestants take turns in one process, so that whatever else the machine does sl
 medians. "x2.90 [2.71-3.08]" says how many times better this code did: the median over turns, and its range. Nobody's text ends early, since
 the end token is one that all suppress: every contestant makes the same number of tokens. An untrained model never says the same twice. A
 trained one does, and this code runs what is equal once: "trained" shows what that is worth in `small`, whose texts end where they end, and
-"trained-10m" at 10M parameters. The small world's prompts are short, and sharing them saves the less; "-220" has longer ones.
+"trained-10m" at 11M parameters. The small world's prompts are short, and sharing them saves the less; "-220" has longer ones.
 
 "update" is a whole step: files to tensors (this code and the plain loop keep what a picture became, as grpo.run does), rollout, rewards,
 reference, gradient, Adam. "learning" is that without the rollout, which has the vision tower's work of this code. Peak memory is that of a
@@ -77,11 +77,11 @@ MIDDLE = WORK | dict(width=320, layers=8, prompts=4, new=64, rounds=6)
 TRAINED = WORK | dict(run="runs/small", prompts=16, new=160, rounds=6)
 SIZES = {  # name: (work, what it stands for)
     "trained": (TRAINED, "GRPO of `small` itself, from runs/small: its model, the pairs of images that it judged wrongly, texts that end"),
-    "trained-10m": (TRAINED | dict(width=320, layers=8), "the same texts, by a model of 10M parameters: that of `small` made wider and deeper"),
+    "trained-10m": (TRAINED | dict(width=320, layers=8), "the same texts, by a model of 11M parameters: that of `small` made wider and deeper"),
     "small": (WORK | dict(sft=128, rounds=6), "the small model and the small world's prompts"),
-    "10m": (MIDDLE | dict(sft=64), "about 10M parameters, the small world's prompts"),
+    "10m": (MIDDLE | dict(sft=64), "about 11M parameters, the small world's prompts"),
     "small-220": (WORK | dict(new=64, prompt_tokens=220, rounds=6), "the small model, each prompt with two pictures of 128 x 128"),
-    "10m-220": (MIDDLE | dict(prompt_tokens=220), "about 10M parameters, each prompt with two pictures of 128 x 128"),
+    "10m-220": (MIDDLE | dict(prompt_tokens=220), "about 11M parameters, each prompt with two pictures of 128 x 128"),
     "long": (WORK | dict(prompts=1, new=300, prompt_tokens=1200, vocabulary=152064, rounds=3),
              "long prompts, 152k vocabulary; at this width most of the work is the vocabulary's"),
     "layers": (LAYERS, "the same lengths; most of the work is the layers', as in a model of billions"),
@@ -117,7 +117,7 @@ def build_real(shape: dict, tokenizer) -> tuple:
 
 def grow(folder: Path, size: dict) -> None:
     """Makes the model in `folder` as wide and deep as `size` says, and it writes what it wrote: what is new is 0, so that new numbers of the
-    residual stream stay 0, and new heads and layers add nothing. RMS norms then average over more numbers: their weights make up for that."""
+    residual stream stay 0, and new heads and layers add nothing. RMS norms then average over more numbers: their weights and eps make up for that."""
     old, processor = M.load(str(folder))
     width, wide = old.config.text_config.hidden_size, size["width"]
     model, _ = pretrain.build_small(config.Model(hidden_size=wide, layers=size["layers"], heads=wide // 32, intermediate_size=3 * wide),
@@ -129,6 +129,7 @@ def grow(folder: Path, size: dict) -> None:
             if name in known:
                 shrunk = (width / wide) ** 0.5 if "language_model" in name and "norm" in name else 1.0
                 parameter[tuple(map(slice, known[name].shape))] = known[name] * shrunk
+    model.config.text_config.rms_norm_eps = old.config.text_config.rms_norm_eps * width / wide
     M.save(model, processor, folder)
 
 

@@ -1,5 +1,5 @@
 """A GPU for machines without one: its tensors stay in the CPU's memory, say that they are on a GPU, and refuse to meet those that are not, as real
-ones would. It finds a forgotten `.to(device)`; of a GPU's memory, kernels and speed it knows nothing."""
+ones would. It finds a forgotten `.to(device)`, but not inside of backward; of a GPU's memory, kernels and speed it knows nothing."""
 
 import contextlib
 from unittest.mock import patch
@@ -9,7 +9,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 CUDA, T = torch.device("cuda", 0), torch.Tensor
-MAY_MIX = {T.copy_, T.is_set_to}
+MAY_MIX = [T.copy_, T.is_set_to, T.data.__set__]
 is_tensor = lambda x: isinstance(x, T)
 
 
@@ -31,7 +31,7 @@ class OnGPU(T):
             given = (args[0], *args[2:]) if indexed else args  # indices may be on the CPU
             tensors = list(filter(is_tensor, tree_leaves((given, kwargs))))
             sides = {isinstance(x, OnGPU) for x in tensors if x.ndim or isinstance(x, OnGPU)}  # a number may be anywhere
-            if len(sides) > 1 and function not in MAY_MIX and function.__name__ != "__set__":
+            if len(sides) > 1 and function not in MAY_MIX:
                 raise RuntimeError(f"{function.__name__}: expected all tensors to be on the same device")
             return tree_map(lambda x: on_gpu(x) if is_tensor(x) else x, function(*args, **kwargs or {}))
 
@@ -61,6 +61,8 @@ class Factories(TorchFunctionMode):
         if (device := device_asked_for(function, args, kwargs)) is None:
             return function(*args, **kwargs)
         args, kwargs = tree_map(on_cpu, (args, kwargs))
+        if device.type == "cuda" and kwargs.get("generator") is not None:
+            raise RuntimeError("expected a generator on the GPU")
         if device.type == "cuda":
             here = lambda x: "cpu" if isinstance(x, (str, torch.device)) else x
             args, kwargs = tuple(map(here, args)), {name: here(x) for name, x in kwargs.items()}

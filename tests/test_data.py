@@ -105,6 +105,12 @@ def test_an_added_dimension_may_have_any_name(name):
     assert verdict.scores == SCORES | {name.lower(): {1: 6, 2: 5}} and verdict.consistent
 
 
+@pytest.mark.parametrize("said", ["the sign says 3. Well, then: it fits", "a clock at 10. However, it's fine (note: odd)", "counts 2. The rest (legs, arms): right"])
+def test_a_number_at_the_end_of_a_sentence_is_no_heading(said):
+    verdict = parse_verdict(chain(TWO_ITEMS.replace("one broken", said) + SUMS), "image_generation")
+    assert verdict.scores == SCORES and verdict.consistent
+
+
 def test_sums_do_not_agree_where_an_item_leaves_out_a_candidate():
     """Else leaving out what speaks for the other one would be paid for."""
     one_sided = TWO_ITEMS.replace(" Image 2: none (10/10).", "") + "Total score: Image 1: 9+8=17. Image 2: 4=4."
@@ -122,6 +128,14 @@ def test_the_pictures_of_an_official_row_stand_where_its_text_says(text, shown):
     assert read == shown
     again = data.row_sample(data.sample_row(sample), Path("/"))
     assert data.build_prompt(again, "think") == data.build_prompt(sample, "think")
+
+
+def test_a_caption_moves_no_picture_of_a_prompt_of_ones_own():
+    sample = Sample("1", "image_generation", "tags <image> and <video>", ["a.png", "b.png"])
+    shown = lambda template: [part.get("text", part.get("image")) for part in data.build_prompt(
+        data.replace(sample, problem=data.fill_template(template, sample, "think")), "think")]
+    assert shown("{prompt}: which?") == ["a.png", "b.png", "tags < image> and < video>: which?"]
+    assert shown("A <image> B <image> {prompt}?") == ["A ", "a.png", " B ", "b.png", " tags < image> and < video>?"]
 
 
 def test_a_dimension_that_scores_a_candidate_twice_is_left_out():

@@ -521,8 +521,14 @@ def test_a_clip_is_a_clip_whatever_its_folder_is_called_and_whatever_else_a_row_
 def test_the_frames_of_one_video_are_not_taken_for_several_videos(folder):
     row = next(row for row in pairs() if row["task"] == "video_understanding")
     rows = [row | {"media": ["clip0.gif"]}, row | {"media": ["clip0.gif", "clip1.gif"]}]
-    with pytest.raises(config.UserError, match=r"rows\.jsonl, line 2: .*the frames of a video are a list in the list of media: \[\[\.\.\.\]\]"):
+    with pytest.raises(config.UserError, match=r"rows\.jsonl, line 2: .*2 media; video_understanding has one, whose frames are a list in the list: \[\[\.\.\.\]\]"):
         stage(folder / "run", pool=write(folder / "rows.jsonl", rows))
+
+
+def test_an_official_row_of_pictures_alone_has_no_prompt(folder):
+    row = {"problem": "<image><image>", "solution": "<answer>Image 1 is better</answer>", "images": ["0.png", "1.png"]}
+    with pytest.raises(config.UserError, match="the prompt is empty"):
+        stage(folder / "run", pool=write(folder / "rows.jsonl", [row]))
 
 
 def test_a_frame_that_is_changed_is_not_the_one_that_is_kept(folder):
