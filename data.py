@@ -151,7 +151,7 @@ def steps_text(task: str, dimensions, steps) -> str:
 
 
 def fill_template(template: str, sample: Sample, mode: str) -> str:
-    """A prompt text of the user's own (--prompt-file) for one pair, to be its `problem`: it replaces all other text."""
+    """A prompt text of the user's own (--prompt-file) for one pair, to be its `problem` (see with_media): it replaces all other text."""
     values = {"noun": candidate_noun(sample.task), "prompt": sample.prompt, "dimensions": ", ".join(DIMENSIONS[sample.task]),
               "verdicts": " or ".join(list(verdict_strings(sample.task))[: 2 if mode == "think" else 3])}
     values |= {f"answer_{k}": answer for k, answer in enumerate(sample.answers, 1)}
@@ -202,6 +202,7 @@ class Verdict:
 INSIDE = r"(?:(?!</?(?:think|answer)>).)*"  # text without tags
 # The whole text: one non-empty think block without tags inside, white space, one answer block, and nothing else.
 FORMAT = re.compile(rf"<think>(?!\s*</think>){INSIDE}</think>\s*<answer>{INSIDE}</answer>", re.DOTALL)
+# A dimension: "2. Name:" at the start of a line or after the end of a sentence, so that "the sign says 3. Well, then: ..." opens none.
 HEADING = re.compile(r"(?:^ ?|(?<=\n)|(?<=\s\s)|(?<=[.)!?:] ))\d{1,2}\. {0,3}\**([^\W\d_](?:[^\W\d_]|[ &/'’,()-]){1,60}?)\** {0,3}:")
 NUMBER = r"\d{1,3}(?:\.\d)?"
 
@@ -268,20 +269,12 @@ def to_text(parts: list) -> tuple:
 
 def from_text(text: str, files: list) -> list:
     """The inverse of `to_text`: an <image> takes one file, the <video>s share the rest evenly; ValueError where that does not come out."""
-    pieces = re.split(r"(<image>|<video>)", text)
-    clips = pieces.count("<video>")
-    length = (len(files) - pieces.count("<image>")) // clips if clips else 0
-    if len(files) != pieces.count("<image>") + clips * length or (clips and not length):
-        raise ValueError(f"{pieces.count('<image>')} <image> and {clips} <video> do not go with {len(files)} files")
-    rest, parts = iter(files), []
-    for piece in pieces:
-        if piece == "<image>":
-            parts.append({"type": "image", "image": next(rest)})
-        elif piece == "<video>":
-            parts.append({"type": "video", "video": [next(rest) for _ in range(length)]})
-        elif piece:
-            parts.append({"type": "text", "text": piece})
-    return parts
+    kinds, rest = re.findall("<(image|video)>", text), iter(files)
+    pictures, clips = kinds.count("image"), kinds.count("video")
+    length = (len(files) - pictures) // clips if clips else 0
+    if len(files) != pictures + clips * length or (clips and not length):
+        raise ValueError(f"{pictures} <image> and {clips} <video> do not go with {len(files)} files")
+    return with_media(text, [{"type": kind, kind: [next(rest) for _ in range(length)] if kind == "video" else next(rest)} for kind in kinds])
 
 
 def sample_row(sample: Sample) -> dict:

@@ -152,9 +152,9 @@ def fetch(asked: dict, own: config.Server, url: str, request: dict, file: Path, 
     rows, problems, lock = read_replies(file), [], threading.Lock()
     missing = dict.fromkeys(asked.keys() - {row["key"] for row in rows})
     total = lambda name: sum(row[name] for row in rows)
-    costs = lambda: [row["cost"] for row in rows if row["key"] in asked]  # others may have cost less
-    prompt = lambda: max((row["tokens_in"] * own.price_in / 1e6 for row in rows if row["key"] in asked), default=0.0)  # the dearest so far
-    reserve = lambda: own.concurrency * max([prompt() + own.max_new_tokens * own.price_out / 1e6] + costs())  # for what is under way
+    longest = own.max_new_tokens * own.price_out / 1e6  # what the text of a reply may cost; with it, the dearest prompt so far (others may cost less)
+    dearest = lambda: max((max(row["cost"], row["tokens_in"] * own.price_in / 1e6 + longest) for row in rows if row["key"] in asked), default=longest)
+    reserve = lambda: own.concurrency * dearest()  # for what is under way
 
     def one(key: str) -> None:
         sample, parts = asked[key]
@@ -180,7 +180,7 @@ def fetch(asked: dict, own: config.Server, url: str, request: dict, file: Path, 
         print(f"   {label}: {there} of {len(asked)} replies are there from before", flush=True)
     if keys:
         print(f"   {label}: asking {hide(url)} for {len(keys)}", flush=True)
-    for key in keys[:1] if own.max_cost and not costs() else []:  # what a prompt costs is known from its reply only
+    for key in keys[:1] if own.max_cost and not there else []:  # what a prompt costs is known from its reply only
         one(key)
     with ThreadPoolExecutor(own.concurrency) as pool:
         list(pool.map(one, [key for key in keys if key in missing]))
