@@ -1,7 +1,7 @@
 """The settings, and the small tools that every script shares: files written whole or not at all, and the work of several processes.
 
-A settings file, configs/NAME.toml, has one section per stage and states only what differs from the defaults below, which are the paper's where
-it states a value (but for the sizes of the small world); `--section.key value` on the command line goes before it.
+A settings file, configs/NAME.toml, has one section per stage (`own`, in the code of the stages) and states only what differs from the defaults
+below, which are the paper's where it states a value (but for the sizes of the small world); `--section.key value` on the command line goes before it.
 """
 
 import dataclasses
@@ -19,7 +19,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent
-NAME, URL, STAGE = "[A-Z0-9_]*", r"https?://[^\s/@?#]+(/[^\s@?#]*)?", "(base|cold_start|rejection_sft|direct_sft|grpo|grpo_direct)"  # of settings
+NAME, URL, STAGE = "[A-Z0-9_]*", r"https?://[^\s/@?#]+(/[^\s@?#]*)?", "(base|cold_start|rejection_sft|direct_sft|grpo|grpo_direct)"  # for `allowed`
 
 
 class UserError(Exception):
@@ -310,7 +310,8 @@ def share(items):
 
 
 def gather(made: list) -> list:
-    """One result for each item of this process's `share` -> the results for all items, in their order, in every process."""
+    """One result for each item of this process's `share` -> the results for all items, in their order, in every process: item k is that of
+    process k % n, its k // n-th."""
     parts = [made] * world()[1]
     if len(parts) > 1:
         distributed().all_gather_object(parts, made)

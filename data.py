@@ -29,7 +29,7 @@ from media import fit_clips, read_image
 
 # ------------------------------------------------------------------------------------------------------------------ tasks
 
-DIMENSIONS = {  # paper, section 3.1: what each task is judged on, every dimension from 1 to 10
+DIMENSIONS = {  # paper, section 3.1: what each task is judged on, from 1 to 10. The small world draws a fact for each (shapes.make_*, LADDER)
     "image_generation": ("semantic consistency", "aesthetics", "authenticity"),
     "video_generation": ("semantic consistency", "temporal coherence", "authenticity"),
     "image_understanding": ("semantic accuracy", "correctness", "clarity"),
@@ -75,7 +75,7 @@ class Sample:
     response: str = field(default="", compare=False)
 
     @property
-    def turns(self) -> bool:
+    def can_swap(self) -> bool:
         """Whether it can be shown in the other order: not where the answers stand somewhere inside the text of an official row."""
         return is_generation(self.task) or not self.problem
 
@@ -298,7 +298,7 @@ def row_sample(row: dict, root: Path) -> Sample:
     response = row["conversations"][1]["value"] if "conversations" in row else ""
     text = row.get("solution", response)  # tells the label
     video = len(files) != 1 or "<video>" in f"{row.get('problem')}{row.get('conversations')}"
-    told = [task for task in TASKS if parse_answer(text, task) is not None][:: -1 if video else 1]  # the tasks of understanding share their verdicts
+    told = [task for task in TASKS if parse_answer(text, task) is not None][:: -1 if video else 1]  # understanding: the same verdicts
     task = row.get("task") or next(iter(told), "")
     if task not in TASKS:
         raise ValueError((f"unknown task {task!r}; " if task else "no task and no verdict that tells it; ") + f'"task" is one of {", ".join(TASKS)}')

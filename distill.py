@@ -32,7 +32,7 @@ import stages
 from media import read_image
 
 
-def scripted_teacher(sample: data.Sample, rng: random.Random, error_rate: float, with_scores: bool = True) -> str:
+def scripted_teacher(sample: data.Sample, rng: random.Random, error_rate: float, with_scores: bool) -> str:
     """Reasoning from the known facts. With probability `error_rate` one fact is misjudged; its score, the sums and the verdict follow
     from the wrong fact, as they do when a real teacher looks carelessly. Without scores the facts and the verdict are all that is written."""
     import shapes

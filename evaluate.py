@@ -15,6 +15,7 @@ the larger wins (arXiv 2305.14324).
 
 import argparse
 import contextlib
+import dataclasses
 import functools
 import hashlib
 import json
@@ -37,7 +38,8 @@ from report import SPLITS, percent
 # ---------------------------------------------------------------------------------------------------------------- metrics
 
 def interval(values: np.ndarray) -> dict:
-    """{"low", "high"}: 95% percentile interval of the mean of `values` [pairs], 1,000 resamples; of [choices, pairs] each takes its best choice."""
+    """{"low", "high"}: 95% percentile interval of the mean of `values` [pairs], 1,000 resamples; of [choices, pairs] each resample takes the choice
+    that is best on it."""
     values = np.atleast_2d(values)
     taken = np.random.default_rng(0).choice(values.shape[1], size=(1000, values.shape[1]))
     means = np.max([row[taken].mean(1) for row in values], axis=0)
@@ -87,10 +89,10 @@ def tie_metrics(rows: list) -> dict:
 def judge(model, processor, samples: list, mode: str, own: config.Evaluate, allow_tie: bool = False, label: str = "", orders: tuple = (False,),
           style: str = "short", template: str = "", votes: int = 0, file: Path | None = None) -> list:
     """Judges each of `samples` in each of `orders` (False: as given, True: swapped, where it can be), greedily or `votes` times at temperature 1;
-    one row per judgement, those of a sample together. `template` replaces the text of the prompt. Without a processor `model` is the server:
-    arguments of distill.ask, which answers once. `file` keeps the texts, see distill.generate_texts."""
-    asked = [(s.swapped() if swapped else s, swapped) for s in samples for swapped in orders if s.turns or not swapped]
-    shown = [config.dataclasses.replace(s, problem=data.fill_template(template, s, mode)) if template else s for s, _ in asked]
+    one row per judgement, those of a sample together. `template` replaces the text of the prompt. Where `processor` is None a server is asked, once
+    for each: `model` is then the rest of distill.ask's arguments. `file` keeps the texts, see distill.generate_texts."""
+    asked = [(s.swapped() if swapped else s, swapped) for s in samples for swapped in orders if s.can_swap or not swapped]
+    shown = [dataclasses.replace(s, problem=data.fill_template(template, s, mode)) if template else s for s, _ in asked]
     if processor is None:
         texts = [reply["text"] for reply in distill.ask(shown, own, **model, mode=mode, allow_tie=allow_tie, label=label or "asking", style=style)]
     else:
@@ -216,7 +218,7 @@ def choose_model(options) -> tuple:
     trained = Path(source, "figures.json").is_file() or made_here and (moved or stages.style(options.mode, settings, run, stage) == "short")
     style = options.style or ("short" if trained else "full")
     print(f"model: {source} ({style} prompts)", file=sys.stderr)
-    own = config.dataclasses.replace(settings.evaluate, key_variable=options.key_variable)
+    own = dataclasses.replace(settings.evaluate, key_variable=options.key_variable)
     served = {"url": options.endpoint, "model": stage if made_here else source, "checkpoint": made_here or (source if style == "short" else "")}
     return source, style, template, own, lambda file: (served | {"file": file}, None) if options.endpoint else M.load(source)
 
@@ -233,7 +235,7 @@ def judge_pairs(model, processor, samples: list, mode: str = "think", votes: int
         row |= {key: data.FLIP.get(row[key], row[key]) for key in ("answer", "label")} | {"margin": None if row["margin"] is None else -row["margin"]}
         row |= {"totals": turn(row["totals"]), "scores": {name: turn(pair) for name, pair in row["scores"].items()}}
     for sample in samples:
-        each = (votes or 1) * sum(sample.turns or not swapped for swapped in orders)
+        each = (votes or 1) * sum(sample.can_swap or not swapped for swapped in orders)
         mine, rows = rows[:each], rows[each:]
         count = {answer: sum(row["answer"] == answer for row in mine) for answer in (1, 2, 0, None)}
         margins, lead = [row["margin"] for row in mine if row["margin"] is not None], count[1] - count[2]

@@ -110,7 +110,7 @@ def rewards_of(text: str, sample: data.Sample, mode: str) -> dict:
 
 # -------------------------------------------------------------------------------------------------------- rollout and update
 
-def encode_prompts(processor, model, samples: list, mode: str, style: str = "short") -> list:
+def encode_prompts(processor, model, samples: list, mode: str, style: str) -> list:
     """The prompts of `samples` as tensors, see model.encode; their pictures seen once for rollout, reference and update."""
     prefix = data.THINK if mode == "think" else ""
     prompts = [M.encode(processor, model, data.build_prompt(sample, mode, style), prefix) for sample in samples]
@@ -133,10 +133,9 @@ def rollout(model, processor, samples: list, own: config.GRPO, prompts: list, se
     made = M.generate(model, processor, prompts, G, own.max_new_tokens, own.temperature, own.batch_rows, seeds)
     M.gather_weights(model, False)
     texts = [prefix + processor.text(ids[:length]) for ids, length in zip(made.ids, made.lengths)]
-    each = [(text, rewards_of(text, samples[row // G], own.mode)) for row, text in enumerate(texts)]
-    groups = config.gather([each[k : k + G] for k in range(0, len(each), G)])
-    texts = [text for group in groups for text, _ in group]
-    return made, texts, {name: torch.tensor([[r[name] for _, r in group] for group in groups]) for name in groups[0][0][1]}
+    groups = config.gather([texts[k : k + G] for k in range(0, len(texts), G)])
+    rewards = config.gather([[rewards_of(text, sample, own.mode) for text in texts[k * G : (k + 1) * G]] for k, sample in enumerate(samples)])
+    return made, sum(groups, []), {name: torch.tensor([[one[name] for one in group] for group in rewards]) for name in rewards[0][0]}
 
 
 @torch.no_grad()
@@ -151,7 +150,8 @@ def update(model, processor, optimizer, prompts: list, made: M.Completions, adva
            replayed: list = ()) -> dict:
     """One optimiser step on a rollout, in micro-batches of whole groups. Prompts, completions and advantages [P, G] are those of this process;
     `replayed`, SFT examples whose loss is added, are those of all. Returns the update's metrics."""
-    G, mask, totals, advantages = own.group_size, made.mask, {}, advantages.flatten().to(made.ids.device)
+    G, mask, totals = own.group_size, made.mask, {}
+    advantages = advantages.flatten().to(made.ids.device)  # [P * G]
     counts = config.gather([(len(mask), int(mask.sum()))])  # of every process: denominators are those of the whole update
     rollouts, tokens = sum(n for n, _ in counts), sum(n for _, n in counts)
     optimizer.zero_grad()
@@ -201,10 +201,11 @@ def run(stage: str, settings: config.Settings, folder: Path) -> str:
     waits = "cpu" if own.offload else device  # where the reference is while it does not score
     reference = M.load(start, shard=settings.run.shard)[0].to(waits) if own.beta else None
     optimizer = optimizer_for(model, own)
-    turn = lambda sample, rng: sample.swapped() if own.random_order and sample.turns and rng.random() < 0.5 else sample
+    turn = lambda sample, rng: sample.swapped() if own.random_order and sample.can_swap and rng.random() < 0.5 else sample
     drawn = batches(samples, own.prompts_per_step, f"{settings.run.seed}/{stage}", turn)
     practice = practice_examples(stage, settings, folder, replay * own.steps) if replay else []
-    style, drawn = stages.style(own.mode, settings, out, stage), zip(drawn, batches(practice, replay, f"{settings.run.seed}/{stage}/replay"))
+    drawn = zip(drawn, batches(practice, replay, f"{settings.run.seed}/{stage}/replay"))  # without replay, an empty list beside each batch
+    style = stages.style(own.mode, settings, out, stage)
     # One batch a step, whatever the step does with it: a run that goes on after a stop skips as many as there were steps.
     for step, (batch, replayed) in steps_to_go(drawn, own.steps, stage, folder, model, optimizer, own.save_minutes):
         clock, mine = [time.time()], config.share(batch)  # the prompts of this process; all of them, where it is the only one

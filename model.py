@@ -96,11 +96,11 @@ def load(path: str, dtype: torch.dtype | None = None, shard: bool = False) -> tu
         raise config.UserError(f"{path}: the tokenizer has {len(tokenizer)} entries and is not that of the model")
     if kind.model_type == "llava_onevision":
         model.model.register_forward_pre_hook(llava_inputs, with_kwargs=True)
-    model = spread(model, dtype) if shard else model.to("cuda" if gpu else "cpu")
+    model = deal_out(model, dtype) if shard else model.to("cuda" if gpu else "cpu")
     return model.eval(), Processor(tokenizer, image_processor, files, PATCHES.setdefault(image_processor.to_json_string(), {}))
 
 
-def spread(model, dtype: torch.dtype):
+def deal_out(model, dtype: torch.dtype):
     """The weights dealt out to the processes, layer by layer; gradients come back added up over all of them. It computes and is saved in `dtype`."""
     policy, model.config.dtype = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32), dtype
     for part in [*model.model.language_model.layers, model]:
@@ -111,7 +111,7 @@ def spread(model, dtype: torch.dtype):
 
 
 def gather_weights(model, whole: bool) -> None:
-    """Of a model that was spread, every process holds all weights from here on, or again its part: sampling runs each process as long as its own
+    """Of a model that was dealt out, every process holds all weights from here on, or again its part: sampling runs each process as long as its own
     completions take, and layers fetched on the way would have to be asked for by all at once."""
     for part in [part for part in model.modules() if isinstance(part, FSDPModule)]:
         part.set_reshard_after_forward(not whole and part is not model, recurse=False)  # the head is used after the model's forward
@@ -256,7 +256,7 @@ def collate(encoded: list, side: str, pad_id: int, device) -> dict:
 def see(model, encoded: list) -> None:
     """Runs a vision tower that does not learn once for all passes over these prompts, in place: "features", for types 1 and 2 a list of [n, d], one
     and with Qwen3-VL more for its first layers, stand in for "patches" from here on, for every model with the same tower. Nothing happens to
-    prompts of LLaVA-OneVision, whose features depend on the rest of the prompt, and of a model that is spread over processes."""
+    prompts of LLaVA-OneVision, whose features depend on the rest of the prompt, and of a model that is dealt out to processes."""
     if model.config.model_type == "llava_onevision" or isinstance(model, FSDPModule) or next(model.model.visual.parameters()).requires_grad:
         return
     for kind in (1, 2):
@@ -432,7 +432,7 @@ def completion_logprobs(model, processor: Processor, prompts: list, ids: torch.T
     width, owner = ids.shape[1], torch.arange(len(prompts), device=device).repeat_interleave(len(ids) // len(prompts))  # whose completion a row is
     model.train(model.is_activation_checkpointing and torch.is_grad_enabled())  # layers are run again in training mode only; none has dropout
     if share_prompt:
-        # [B, 2 + T]: whose, how long, which tokens; from here on these are the rows. row [P * G]: which of them a completion is.
+        # From here on rows are the B different completions [B, 2 + T]: whose, how long, which tokens; row [P * G] says which of them each one is.
         different, row = torch.cat([owner[:, None], lengths[:, None], ids], 1).unique(dim=0, return_inverse=True)
         owner, lengths, ids = different[:, 0], different[:, 1], different[:, 2:]
     else:

@@ -33,15 +33,17 @@ def run(stage: str, settings: config.Settings, folder: Path) -> str:
         texts = distill.generate_texts(model, processor, prompts, own, data.THINK, 1, own.temperature, seeds, "judging the pool",
                                        folder / "texts.jsonl")
     good = [distill.why_dropped(text, sample, own.select == "consistent") is None for sample, text in zip(samples, texts)]
-    learnt = random.Random(f"{settings.run.seed}/random").sample(good, len(good)) if own.select == "random" else good  # in rejection_sft
+    learnt = random.Random(f"{settings.run.seed}/random").sample(good, len(good)) if own.select == "random" else good  # shuffled
     correct, wrong, counts = [], [], {task: {"pairs": 0, "correct": 0, "malformed": 0} for task in data.TASKS}
     for sample, text, is_good, is_learnt in zip(samples, texts, good, learnt):
         verdict = data.parse_verdict(text, sample.task)
         counts[sample.task]["pairs"] += 1
         counts[sample.task]["correct"] += distill.why_dropped(text, sample) is None
         counts[sample.task]["malformed"] += not (verdict.format_ok and verdict.answer is not None)
-        correct += [data.sft_row(sample, text)] * is_learnt
-        wrong += [data.sample_row(sample) | {"judged": text}] * (not is_good)
+        if is_learnt:
+            correct.append(data.sft_row(sample, text))
+        if not is_good:
+            wrong.append(data.sample_row(sample) | {"judged": text})
     data.write_jsonl(folder / "correct.jsonl", correct)
     data.write_jsonl(folder / "wrong.jsonl", wrong)
     config.write_text(folder / "yield.json", json.dumps(counts, indent=1))

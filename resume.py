@@ -16,10 +16,10 @@ import config
 def keep(folder: Path, name: str, step: int, optimizer) -> None:
     """Writes what was learnt in `step` steps, Adam's moments, the lengths of the stage's logs and how many steps in a row were skipped, then
     deletes the state before. No random state is needed: all that is drawn comes from seed, stage, step and prompt. Of sharded weights each
-    process writes its part, the first one last."""
+    process writes its part."""
     learning, rank = optimizer.param_groups[0]["params"], config.world()[0]
     sharded = isinstance(learning[0], DTensor)
-    for turn in (rank > 0, rank == 0):
+    for turn in (rank > 0, rank == 0):  # the first process last: last_step looks for its file
         if turn and (sharded or rank == 0):
             logs = {log.name: config.flush(log) for log in folder.glob("*.jsonl")}
             moments = [{key: local(value) for key, value in optimizer.state[p].items()} for p in learning]

@@ -10,7 +10,8 @@ The stages differ in their data alone:
 
 Departures from the paper: (1) `replay` mixes base exercises into the later stages; without them the cold start erases direct answers.
 (2) Every gradient is divided by the number of response tokens of the whole batch, counted before the micro-batch loop, so the
-micro-batch size never changes the result.
+micro-batch size never changes the result. (3) Adam's second beta is 0.99, in GRPO too, where the official trainer's default is 0.999: in runs of
+some hundred steps the latter would average over all of them.
 
     python sft.py --config small --stage cold_start
 """
@@ -51,11 +52,11 @@ def learning_rate(step: int, steps: int, peak: float, warmup: float) -> float:
 
 
 def optimizer_for(model, own, weight_decay: float = 0.0) -> torch.optim.AdamW:
-    """AdamW for what the settings `own` of a stage let learn. A bf16 model (on a GPU) gets fp32 copies, and these are optimised: at a step of
-    1e-6 most bf16 weights, good for three digits, would not move. Gradients are added up in fp32 while backward makes them; every step rounds
-    the copies back into the model, which so has the numerics it is served with. Bytes per learning parameter: 2 (bf16) + 4 (copy) + 4
-    (gradient) + 8 (moments) = 18 on the GPU; own.offload leaves 2 there and 16 in host memory, where the step is slower. fp32 weights under
-    autocast would take as much, and every sampled token would wait for all weights to be cast."""
+    """Freezes what the settings `own` of a stage do not let learn, and returns AdamW for the rest. A bf16 model (on a GPU) gets fp32 copies, and
+    these are optimised: at a step of 1e-6 most bf16 weights, good for three digits, would not move. Gradients are added up in fp32 while
+    backward makes them; every step rounds the copies back into the model, which so has the numerics it is served with. Bytes per learning
+    parameter: 2 (bf16) + 4 (copy) + 4 (gradient) + 8 (moments) = 18 on the GPU; own.offload leaves 2 there and 16 in host memory, where the
+    step is slower. fp32 weights under autocast would take as much, and every sampled token would wait for all weights to be cast."""
     if own.freeze_vision:
         M.freeze_vision(model)
     if own.gradient_checkpointing:
@@ -104,7 +105,7 @@ def finish_update(optimizer, totals: dict, own) -> dict:
     norm = (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
     if finite := math.isfinite(totals["loss"]) and math.isfinite(norm):
         optimizer.step()
-    group["skipped"] = 0 if finite else group.get("skipped", 0) + 1
+    group["skipped"] = 0 if finite else group.get("skipped", 0) + 1  # in the optimiser, where resume.keep finds it
     if group["skipped"] > own.max_skipped:
         raise config.UserError(f"{group['skipped']} steps in a row were not finite in loss or gradient; lower the learning rate (lr = {own.lr})")
     return totals | {"grad_norm": norm, "skipped": int(not finite)}

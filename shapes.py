@@ -6,7 +6,7 @@ turned into a number, and the better candidate is the one with the larger total:
 
     dimension                                 fact written in the reasoning                      score
     semantic consistency, semantic accuracy   "red circle yes, blue star no, moves left yes"     10, minus 3 for each "no"
-    correctness                               "says 3, is 4"; of a clip "says left, is right"    10, 7 if nearly right, else 4
+    correctness                               "says 3, is 4"; of a clip "says left, is right"    10, 7 if one off or opposite, else 4
     the others                                "vivid", "one broken", "two fillers", ...          see LADDER
 
 Faded colours and fillers are seen at a glance; whether every item of a caption is in the picture has to be checked item by item, and the
@@ -95,7 +95,7 @@ def draw_scene(scene: dict) -> list:
 
 # ------------------------------------------------------------------------------------------------------- scenes and scores
 
-def make_scene(rng: random.Random, items: list, video: bool, glance: str = "vivid", broken: int = 0, moves: str | None = None) -> dict:
+def make_scene(rng: random.Random, items: list, video: bool, glance: str, broken: int, moves: str | None) -> dict:
     """Places `items` (at most 4, at most 3 in a clip: the mover needs a free cell) and says how the picture is spoilt."""
     scene = {"items": items, "glance": glance, "broken": rng.sample(range(len(items)), min(broken, len(items))), "seed": rng.randrange(2**31)}
     cells = rng.sample(range(4), 4)
@@ -158,12 +158,12 @@ def choose_items(rng: random.Random, count: int, pool: list) -> list:
     return items
 
 
-def make_sample(rng: random.Random, task: str, pool: list = SEEN, allow_tie: bool = False) -> tuple:
+def make_sample(rng: random.Random, task: str, pool: list, allow_tie: bool) -> tuple:
     """(Sample without media paths, the scenes to draw). Draws candidates until their totals differ, or until they tie where
     `allow_tie` asks for it, so that a label always follows from the scores."""
     while True:
         prompt, answers, facts, scenes = (make_generation if is_generation(task) else make_understanding)(rng, task, pool)
-        reasons = {dimension: list(pair) for dimension, pair in zip(DIMENSIONS[task], zip(*facts))}
+        reasons = {dimension: list(pair) for dimension, pair in zip(DIMENSIONS[task], zip(*facts), strict=True)}
         scores = {dimension: [score_of(dimension, fact) for fact in pair] for dimension, pair in reasons.items()}
         first, second = (sum(pair[k] for pair in scores.values()) for k in (0, 1))
         if (first == second) == allow_tie:

@@ -280,6 +280,7 @@ def run_stages(default_stage: str, arguments: list, commands) -> None:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UserError(f"another process is at work in {out}: wait for it, or give another --out")
+        # "data" comes first: `evaluate.after` judges the base on its pairs before any stage would ask for them.
         for step in plan(inputs(stage, settings) if explaining else ["data", stage, "evaluate"] if whole else [stage], settings):
             if not is_done(step, settings, out) or ("--force" in options and step == stage):
                 do_stage(step, settings, out, command, "--force" in options and step == stage)

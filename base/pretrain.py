@@ -6,6 +6,7 @@ configs/small-base (made in two goes, see results/README.md), so nobody has to r
     OMP_NUM_THREADS=1 torchrun --nproc-per-node 2 sft.py --config small --stage base --base.rebuild true
 """
 
+import dataclasses
 import json
 import random
 from pathlib import Path
@@ -175,8 +176,8 @@ def write_fresh(folder, pairs: int, rng: random.Random) -> None:
 # ----------------------------------------------------------------------------------------------------- the small backbone
 
 def train_tokenizer(texts: list, vocab_size: int):
-    """Byte-level BPE on the project's own text: any string can be written with it, and words of the small world are one token each.
-    Candidates ("Image 1"), tags and numbers up to two digits stay whole: shorter sequences, and one token per number of a sum."""
+    """Byte-level BPE on the project's own text: any string can be written with it, and most words of the small world are one token each.
+    Candidates ("Image 1") and tags stay whole, and numbers of two digits if they are frequent: in the shipped base 10 to 19."""
     core = Tokenizer(models.BPE())
     words = Regex(r"</?(?:think|answer)>| ?(?:Image|Video|Answer) [12]|/10\)\.?|[0-9]{1,2}| ?\p{L}+| ?[^\s\p{L}\p{N}<]+|<|\s+")
     core.pre_tokenizer = Sequence([Split(words, "isolated"), ByteLevel(add_prefix_space=False, use_regex=False)])
@@ -246,10 +247,10 @@ def build_base(settings: config.Settings, folder: Path) -> str:
     practice = data.read_conversations(folder / "practice.jsonl")
     tokenizer = train_tokenizer([all_text(example) for example in practice], settings.model.vocab_size)
     model, processor = build_small(settings.model, tokenizer)
-    skill, once = config.dataclasses.replace(base, epochs=1.0, lr=base.simple_lr), config.dataclasses.replace(base, epochs=1.0)
+    skill, once = dataclasses.replace(base, epochs=1.0, lr=base.simple_lr), dataclasses.replace(base, epochs=1.0)
     phases = [(name, skill) for name, *_ in SKILLS] + [("practice", base)]
     phases += [(name, once) for name, *_ in COMPARISONS] + [("consolidation", base)]
-    phases += [(name, config.dataclasses.replace(once, lr=lr)) for name, _, lr, _ in FRESH]
+    phases += [(name, dataclasses.replace(once, lr=lr)) for name, _, lr, _ in FRESH]
     begun = [k for k, (phase, _) in enumerate(phases) if last_step(folder, f"base: {phase}")]
     for phase, own in phases[max(begun, default=0) :]:  # a state has all that was learnt before it
         sft.train(model, processor, data.read_conversations(folder / f"{phase}.jsonl"), own, folder, phase, f"base: {phase}")

@@ -7,6 +7,7 @@ docs/real.md says which files each benchmark has. Each pair is judged in both or
 """
 
 import csv
+import dataclasses
 import hashlib
 import json
 import math
@@ -66,7 +67,7 @@ def read_benchmark(name: str, paths: list, folder: str | None = None) -> tuple:
                 key = f"{key}#{file.name}:{number}" if not key or key in samples else key  # some lists have no ids or repeat one
                 better = LABELS[str(row[label])] if label else 1
                 made = {"id": key, "task": task, "prompt": prompt, "media": found, "answers": answers, "label": better}
-                samples[key] = data.usable(made, file.parent, config.dataclasses.replace(media.limits, image_root="", media_within="/"))
+                samples[key] = data.usable(made, file.parent, dataclasses.replace(media.limits, image_root="", media_within="/"))
             except (LookupError, ValueError, TypeError, AttributeError, OSError, config.UserError) as error:
                 broken.append(f"{file}, row {number}: {type(error).__name__}: {error}")
     if not samples:

@@ -9,6 +9,7 @@ draws its own world and its own noise, so the spread of the seeds' figures holds
 A difference is taken within a seed, on the same pairs. With a single seed its interval resamples pairs, and says nothing about training again.
 """
 
+import dataclasses
 import gzip
 import hashlib
 import json
@@ -28,7 +29,7 @@ COLUMNS = ("split", "id", "swapped", "task", "mode", "label", "answer", "format_
 STUDENT = (  # t at 97.5%, 1 to 24 degrees of freedom; more seeds take the last
     12.7062, 4.3027, 3.1824, 2.7764, 2.5706, 2.4469, 2.3646, 2.3060, 2.2622, 2.2281, 2.2010, 2.1788,
     2.1604, 2.1448, 2.1314, 2.1199, 2.1098, 2.1009, 2.0930, 2.0860, 2.0796, 2.0739, 2.0687, 2.0639)
-DEFAULTS = {f"{section}.{key}": value for section, values in config.dataclasses.asdict(config.Settings()).items() for key, value in values.items()}
+DEFAULTS = {f"{section}.{key}": value for section, values in dataclasses.asdict(config.Settings()).items() for key, value in values.items()}
 PAPER = {  # accuracy as printed: VLRewardBench, GenAI-Bench image and video (diff), VideoGen-RewardBench (diff)
     "base-answer": (67.5, 70.9, 77.2, 79.3), "grpo_direct-answer": (69.0, 71.3, 78.4, 79.5), "cold_start-think": (66.9, 68.6, 75.3, 76.8),
     "rejection_sft-think": (72.1, 72.0, 78.9, 79.7), "grpo-think": (73.8, 72.5, 82.3, 80.5), "grpo-answer": (73.1, 71.9, 81.6, 79.9)}
@@ -55,7 +56,7 @@ def read_run(path: Path) -> dict:
             return run
         except (OSError, EOFError, ValueError, TypeError, KeyError) as error:
             raise config.UserError(f"cannot read {path}: {config.one_line(error)}; runs are folders, or files that --keep wrote")
-    settings, shaping = {}, {s.name: config.shaping(s.default_factory()) for s in config.dataclasses.fields(config.Settings)}
+    settings, shaping = {}, {s.name: config.shaping(s.default_factory()) for s in dataclasses.fields(config.Settings)}
     for file in sorted(path.glob("*/done.json")):
         for section, values in stages.read_facts(file).get("settings", {}).items():
             settings |= {f"{section}.{key}": value for key, value in values.items() if key in shaping[section]}

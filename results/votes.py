@@ -47,7 +47,7 @@ def votes(options) -> None:
     samples, own = data.read_samples(run / "data" / "test.jsonl"), evaluate.settings_of(run, options).evaluate
     model, processor, made = *M.load(str(checkpoint)), []
     for turns, count in ((True, -(-options.votes // 2)), (False, options.votes)):  # an official row of understanding is judged as given only
-        some = [sample for sample in samples if sample.turns == turns]
+        some = [sample for sample in samples if sample.can_swap == turns]
         results = evaluate.judge_pairs(model, processor, some, votes=count, own=own, label="voting")
         made += [([row["answer"] for row in result["judgements"]][: options.votes], sample.label) for sample, result in zip(some, results)]
     said = [answer for answers, _ in made for answer in answers]

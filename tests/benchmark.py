@@ -34,6 +34,7 @@ loop there takes 8 rows at a time as they come, and the model's own loss over al
 """
 
 import argparse
+import dataclasses
 import functools
 import importlib.metadata
 import json
@@ -187,7 +188,7 @@ def open_world(size: dict, out: Path) -> dict:
         (out / "ready").touch()
     config.wait_for_all()
     settings = config.load_settings(f"qwen2.5-vl-{size['real']}", []) if size["real"] else config.Settings()
-    settings.grpo = own = config.dataclasses.replace(settings.grpo, group_size=size["group"], max_new_tokens=size["new"], micro_prompts=size["micro"],
+    settings.grpo = own = dataclasses.replace(settings.grpo, group_size=size["group"], max_new_tokens=size["new"], micro_prompts=size["micro"],
                                                      prompts_per_step=size["prompts"], steps=size["rounds"] + 1,
                                                      gradient_checkpointing=settings.grpo.gradient_checkpointing or size["checkpointing"],
                                                      lr=0.0 if size["run"] else 1e-4)  # a trained policy stays what it is, for all contestants

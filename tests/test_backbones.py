@@ -5,6 +5,7 @@ torchvision, and transformers' own forward, positions and decoding are what ours
 """
 
 import copy
+import dataclasses
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -645,7 +646,7 @@ def test_freezing_refuses_names_it_does_not_know(backbone):
 def test_the_settings_files_keep_the_papers_values(name):
     """What they change is where the chain starts, what fits in memory, and the longer completions of the paper's Qwen."""
     made, plain = config.load_settings(name, []), config.Settings()
-    differing = {f"{section}.{key}" for section, values in config.dataclasses.asdict(made).items() for key, value in values.items()
+    differing = {f"{section}.{key}" for section, values in dataclasses.asdict(made).items() for key, value in values.items()
                  if value != getattr(getattr(plain, section), key)}
     memory = {"micro_tokens", "batch_rows", "micro_prompts", "gradient_checkpointing", "offload"}
     assert {key for key in differing if key.split(".")[1] not in memory} == {"model.path"} | (

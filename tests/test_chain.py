@@ -1,5 +1,6 @@
 """Every script end to end through its command line, on configs/smoke.toml, with real files and real processes."""
 
+import dataclasses
 import json
 import random
 import shutil
@@ -164,8 +165,8 @@ def test_a_mistake_on_the_command_line_is_one_line_and_exit_code_2_of_a_real_pro
 
 def test_help_lists_every_setting_with_its_meaning_and_default(tmp_path):
     _, printed = run("grpo.py --help", tmp_path / "run")
-    for section in config.dataclasses.fields(config.Settings):
-        for field in config.dataclasses.fields(section.default_factory()):
+    for section in dataclasses.fields(config.Settings):
+        for field in dataclasses.fields(section.default_factory()):
             assert f"--{section.name}.{field.name} = {getattr(section.default_factory(), field.name)!r}: {field.metadata['help']}" in printed
 
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import dataclasses
 import itertools
 import json
 import random
@@ -460,7 +461,7 @@ def test_an_official_row_that_asks_for_reasoning_can_be_asked_directly():
     asked = words(data.build_prompt(sample, "answer"))
     assert asked.startswith(sample.problem) and all(f"<answer>Image {k} is better</answer>" in asked for k in (1, 2)) and "equally" not in asked
     assert "equally" in words(data.build_prompt(sample, "answer", allow_tie=True))
-    plain = config.dataclasses.replace(sample, problem="Which is better?")
+    plain = dataclasses.replace(sample, problem="Which is better?")
     assert words(data.build_prompt(sample, "think")) == sample.problem and words(data.build_prompt(plain, "answer")) == plain.problem
 
 

@@ -2,6 +2,7 @@
 
 import base64
 import collections
+import dataclasses
 import email.utils
 import io
 import json
@@ -403,7 +404,7 @@ def test_a_reply_is_reused_only_for_the_very_same_request(run_folder, serve, tmp
     def asked(changed=sample, model="some-model", url=server.url, temperature=1.0, checkpoint="", mode="think", **settings) -> int:
         before = len(server.seen)
         server.samples = {(pixels(changed), changed.prompt): changed} if Path(changed.media[0]).is_file() else {}
-        reply, = distill.ask([changed], config.dataclasses.replace(own, **settings), url, model, file, mode, temperature, checkpoint)
+        reply, = distill.ask([changed], dataclasses.replace(own, **settings), url, model, file, mode, temperature, checkpoint)
         assert data.parse_answer(reply["text"], changed.task) == changed.label
         return len(server.seen) - before
 
@@ -412,7 +413,7 @@ def test_a_reply_is_reused_only_for_the_very_same_request(run_folder, serve, tmp
     repainted.save(tmp_path / "repainted.png")
     same_file_elsewhere = tmp_path / "copy.png"
     same_file_elsewhere.write_bytes(Path(sample.media[0]).read_bytes())
-    replace = config.dataclasses.replace
+    replace = dataclasses.replace
     assert asked() == 1
     assert asked() == asked(concurrency=1) == asked(retries=7) == asked(max_cost=50.0) == 0
     assert asked(replace(sample, id="renamed")) == asked(replace(sample, media=[str(same_file_elsewhere), sample.media[1]])) == 0

@@ -4,6 +4,7 @@
     python tests/test_hostile.py --fuzz SECONDS      the readers against what hypothesis thinks of (pip install hypothesis)
 """
 
+import dataclasses
 import html.parser
 import io
 import json
@@ -259,7 +260,7 @@ def test_the_report_shows_everything_as_text(tmp_path, samples):
     def page(text):
         out = tmp_path / f"run{len(text)}"
         (out / "evaluate").mkdir(parents=True)
-        sample = config.dataclasses.replace(samples[0], prompt=text, id=text[:50], reasons={text: ["a", "b"]}, scores={text: [1, 2]})
+        sample = dataclasses.replace(samples[0], prompt=text, id=text[:50], reasons={text: ["a", "b"]}, scores={text: [1, 2]})
         (out / "data").mkdir()
         data.write_jsonl(out / "data" / "test.jsonl", [data.sample_row(sample)])
         row = {"split": "test", "id": sample.id, "swapped": False, "answer": 1, "text": text, "scores": {text: {"1": 3, "2": 4}}, "task": sample.task, "mode": "think", "label": 1,

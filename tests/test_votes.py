@@ -1,5 +1,6 @@
 """results/votes.py: majorities against enumeration, calibration by hand, and the command's mistakes."""
 
+import dataclasses
 import itertools
 
 import numpy as np
@@ -31,10 +32,10 @@ def test_calibration_sorts_pairs_by_the_winners_share():
 
 
 def test_a_pair_that_cannot_be_turned_has_all_its_votes_as_given(tiny, samples, tmp_path, capsys):
-    official = config.dataclasses.replace(next(s for s in samples if s.task == "image_understanding"), problem="Which answer is better?")
+    official = dataclasses.replace(next(s for s in samples if s.task == "image_understanding"), problem="Which answer is better?")
     (tmp_path / "data").mkdir()
-    data.write_jsonl(tmp_path / "data" / "test.jsonl", [data.sample_row(s) for s in (samples[0], config.dataclasses.replace(official, prompt="", answers=[]))])
-    assert [s.turns for s in data.read_samples(tmp_path / "data" / "test.jsonl")] == [True, False]
+    data.write_jsonl(tmp_path / "data" / "test.jsonl", [data.sample_row(s) for s in (samples[0], dataclasses.replace(official, prompt="", answers=[]))])
+    assert [s.can_swap for s in data.read_samples(tmp_path / "data" / "test.jsonl")] == [True, False]
     (tmp_path / "evaluate").mkdir()
     (tmp_path / "evaluate" / "done.json").write_text('{"settings": {"evaluate": {"max_new_tokens": 4}, "of another version": {"x": 1}}}')
     M.save(*tiny, tmp_path / "grpo")
