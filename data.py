@@ -3,7 +3,7 @@
 Everything the other scripts know about the four tasks is here: their nouns, their dimensions, the exact verdict strings, the prompt
 text, the text a teacher writes, and the parser that reads such text back. Files are JSON lines (or a JSON list) in the official schemas,
 
-    GRPO   {"problem": "<image><image>...", "solution": "<answer>Image 1 is better</answer>", "images": [...]}
+    GRPO   {"problem": "<image><image>...", "solution": "Image 1 is better", "images": [...]}
     SFT    {"conversations": [{"from": "human", "value": ...}, {"from": "gpt", "value": ...}], "images": [...]}
 
 with the parts the prompt was made of ("task", "prompt", "answers", and the known "scores" and "reasons" of the small world) beside them,
@@ -282,7 +282,7 @@ def sample_row(sample: Sample) -> dict:
     problem, files = to_text(build_prompt(sample, "think"))
     row = {"id": sample.id, "task": sample.task, "problem": problem, "images": files} | ({} if sample.problem else {"prompt": sample.prompt})
     if sample.label is not None:
-        row["solution"] = f"<answer>{verdict_string(sample.task, sample.label)}</answer>"
+        row["solution"] = verdict_string(sample.task, sample.label)
     return row | {key: getattr(sample, key) for key in ("answers", "scores", "reasons", "response") if getattr(sample, key)}
 
 
@@ -294,9 +294,10 @@ def sft_row(sample: Sample, response: str) -> dict:
 
 def row_sample(row: dict, root: Path) -> Sample:
     """A row of any schema -> Sample. An official row without our parts is read by its verdict and its files; ValueError where they do not tell."""
-    files = [str(root / file) for file in flat(row.get("images", []))]
+    files = [str(root / file) for file in flat(row.get("images", row.get("image", [])))]
     response = row["conversations"][1]["value"] if "conversations" in row else ""
-    text = row.get("solution", response)  # tells the label
+    text = row.get("solution", response)  # tells the label, with or without tags
+    text = text if "<answer>" in text else f"<answer>{text}</answer>"
     video = len(files) != 1 or "<video>" in f"{row.get('problem')}{row.get('conversations')}"
     told = [task for task in TASKS if parse_answer(text, task) is not None][:: -1 if video else 1]  # understanding: the same verdicts
     task = row.get("task") or next(iter(told), "")

@@ -147,7 +147,8 @@ def fetch(asked: dict, own: config.Server, url: str, request: dict, file: Path, 
         raise config.UserError(f"the environment variable {own.key_variable} is to hold the key of {url}, and is not set")
     if not secret.isascii() or re.search(r"\s", secret) or not re.fullmatch(r"https?://(\S+@)?([\w.-]+|\[[\da-f:]+\])(:\d+)?(/\S*)?", url):
         raise config.UserError(f"{url!r} is to be http(s)://HOST[:PORT]/PATH, and the key in {own.key_variable or 'no variable'} plain ASCII")
-    hide = lambda text: text.encode("utf-8", "replace").decode().replace(secret or "\0", "[key]")  # a server may send the key back
+    told = secret if len(secret) > 15 else "\0"  # "none" or "1", which servers of one's own take, stand in any text
+    hide = lambda text: text.encode("utf-8", "replace").decode().replace(told, "[key]")  # a server may send the key back
     client = openai.OpenAI(base_url=url, api_key=secret or "none", max_retries=own.retries, timeout=own.timeout)
     rows, problems, lock = read_replies(file), [], threading.Lock()
     missing = dict.fromkeys(asked.keys() - {row["key"] for row in rows})
@@ -173,7 +174,8 @@ def fetch(asked: dict, own: config.Server, url: str, request: dict, file: Path, 
             rows.append(row)
             del missing[key]
             if len(missing) % (len(asked) // 100 + 1) == 0:
-                print(f"   {label}: {len(missing)} to go, {total('tokens_in')} + {total('tokens_out')} tokens, cost {total('cost'):.2f}", flush=True)
+                priced = f", cost {total('cost'):.2f}" * bool(own.price_in or own.price_out)
+                print(f"   {label}: {len(missing)} to go, {total('tokens_in')} + {total('tokens_out')} tokens" + priced, flush=True)
 
     keys = [key for key in asked if key in missing]
     if there := len(asked) - len(keys):
@@ -217,7 +219,8 @@ def message_parts(parts: list, max_side: int, trained_here: bool) -> list:
     pixels a side. A clip goes as its frames, one picture each; to a model trained here as one video, in the form vLLM reads frames."""
     made = []
     for part in parts:
-        part, pictures = part | {"text": part.get("text", "").replace("<|", "< |")}, []  # else a server would read "<|im_end|>" as the end of a turn
+        # "<|im_end|>" would end the turn, and "<image>" stand for a picture, where a server reads control tokens out of any text.
+        part, pictures = part | {"text": re.sub(r"<(?=\||(image|video)>)", "< ", part.get("text", ""))}, []
         for path in data.to_text([part])[1]:
             image, buffer = read_image(path), io.BytesIO()
             image.thumbnail((max_side, max_side))

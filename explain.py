@@ -67,7 +67,8 @@ def explain_rejection(stage: str, settings: config.Settings, out: Path) -> None:
         verdict = data.parse_verdict(text, sample.task)
         good, by_chance = distill.why_dropped(text, sample, own.select == "consistent") is None, own.select == "random"
         goes = " and ".join(["wrong.jsonl -> GRPO"] * (not good) + ["correct.jsonl -> SFT" + ", by chance" * by_chance] * (good or by_chance))
-        print(f"{sample.task}, {sample.id}: {sample.prompt}\n{''.join(f'  {k}. {a}' + chr(10) for k, a in enumerate(sample.answers, 1))}{text}")
+        print(f"{sample.task}, {sample.id}: {sample.prompt or sample.problem}")
+        print("".join(f"  {k}. {answer}\n" for k, answer in enumerate(sample.answers, 1)) + text)
         print(f"format {'kept' if verdict.format_ok else 'broken'}, says {verdict.answer}, the label is {sample.label}: {goes}\n")
 
 

@@ -180,7 +180,7 @@ def training_samples(own: config.GRPO, out: Path) -> list:
     files = {"wrong": "rejection/wrong.jsonl", "correct": "rejection/correct.jsonl", "pool": "data/pool.jsonl"}
     samples = data.read_samples(out / files[own.data])
     if not samples:
-        raise config.UserError(f"{out / files[own.data]} is empty: there is nothing to train on")
+        raise config.UserError(f"{out / files[own.data]} is empty, so there is nothing to train on: enlarge the pool, or set grpo.data to pool")
     if own.dimension_weight and not all(sample.scores for sample in samples):
         raise config.UserError("dimension_weight needs the true scores of every pair, which only the small world knows; set it to 0")
     if own.mode == "answer" and (own.consistency_weight or own.dimension_weight or own.gated):
@@ -235,7 +235,7 @@ def run(stage: str, settings: config.Settings, folder: Path) -> str:
                    f"KL {row['kl']:.4f}, {row['length']:.0f} tokens")
         shown = step % len(batch)  # one whole group a step, to be read
         sample, group = batch[shown], slice(shown * own.group_size, (shown + 1) * own.group_size)
-        config.log(folder, {"step": step + 1, "id": sample.id, "task": sample.task, "label": sample.label, "prompt": sample.prompt,
+        config.log(folder, {"step": step + 1, "id": sample.id, "task": sample.task, "label": sample.label, "prompt": sample.prompt or sample.problem,
                             "answers": sample.answers, "completions": texts[group], "rewards": total[shown].tolist(),
                             "advantages": advantages[shown].tolist()}, "samples.jsonl")
         if step % max(1, own.steps // 5) == 0:

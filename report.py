@@ -81,8 +81,8 @@ def tables(results: list) -> dict:
 
 
 def markup(heads: list, lines: list) -> str:
-    if not lines:
-        return '<p class="muted">No checkpoint has been judged yet.</p>'
+    if all(cell is None for _, *cells in lines for cell in cells):
+        return '<p class="muted">No checkpoint has been judged on such pairs.</p>'
     head = "".join(f'<th scope="col">{text}</th>' for text in heads)
     body = "".join(f'<tr><th scope="row">{escape(name)}</th>{"".join(f"<td>{meter(cell)}</td>" for cell in cells)}</tr>' for name, *cells in lines)
     return f'<div class="scroll"><table><thead><tr><td></td>{head}</tr></thead><tbody>{body}</tbody></table></div>'

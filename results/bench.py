@@ -84,7 +84,8 @@ def benchmark_metrics(rows: list) -> dict:
         scores = [np.array(list(pair_scores(members).values())) for members in groups.values()]
         mean, share = np.mean([s.mean() for s in scores]), sum(map(len, scores)) / len(scores)
         # A pair moves the macro mean by its distance from the mean of its group, the more the smaller the group.
-        made["macro"] = {"accuracy": round(float(mean), 4), **interval(np.concatenate([mean + (s - s.mean()) * share / len(s) for s in scores]))}
+        span = interval(np.concatenate([mean + (s - s.mean()) * share / len(s) for s in scores]))
+        made["macro"] = {"accuracy": round(float(mean), 4), **{end: min(1.0, max(0.0, value)) for end, value in span.items()}}
     return made | (tie_metrics(rows) if any(row["label"] == 0 for row in rows) else {})
 
 
@@ -110,11 +111,11 @@ def bench(options) -> None:
     cells = benchmark_metrics(rows)
     config.write_text(out, json.dumps(state | {"broken": broken, "metrics": cells}, indent=1))
     print("".join(f"left out: {line}\n" for line in broken) + f"{source}, {options.mode}: {len(broken)} broken rows left out; {out}")
-    print(f"{'%':<16}accuracy  95% interval   pairs  unreadable  orders agree")
+    print(f"{'%':<16}accuracy    95% interval   pairs  unreadable  orders agree")
     for name, cell in cells.items():
         unreadable, agree = percent(cell.get("unreadable")), percent(cell.get("orders_agree"))
         span = f"[{percent(cell['low'])}, {percent(cell['high'])}]"
-        print(f"{name:<16}{percent(cell['accuracy']):>8}{span:>14}{cell.get('pairs', '-'):>8}{unreadable:>12}{agree:>14}")
+        print(f"{name:<16}{percent(cell['accuracy']):>8}{span:>16}{cell.get('pairs', '-'):>8}{unreadable:>12}{agree:>14}")
 
 
 def mcnemar(first: int, second: int) -> float:

@@ -19,7 +19,9 @@ def contact_sheet(samples: list, file: str) -> None:
         for k, shot in enumerate(shots):
             sheet.paste(shot, (4 + k * width, top))
         said = [f"{sample.id}  {sample.task}: {report.verdict(sample.task, sample.label)}", sample.prompt or sample.problem, *sample.answers]
-        lines, below = [line for text in said for line in textwrap.wrap(text, 160)[:4]], top + max(shot.height for shot in shots) + 4
+        wrapped = [textwrap.wrap(text, 160) for text in said]  # a long prompt: its beginning, and its end, where a caption often stands
+        lines = [line for text in wrapped for line in (text if len(text) < 5 else text[:2] + text[-2:])]
+        below = top + max(shot.height for shot in shots) + 4
         ImageDraw.Draw(sheet).text((4, below), "\n".join(lines), "black", spacing=4)
         top = below + 14 * len(lines) + 16
     sheet.crop((0, 0, 960, top)).save(file, "png")

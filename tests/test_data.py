@@ -436,13 +436,14 @@ OFFICIAL = [  # task, verdict, number of files, media as read
 ]
 
 
-@pytest.mark.parametrize("schema", ["grpo", "sft"])
+@pytest.mark.parametrize("schema", ["grpo", "grpo with tags", "sft"])
 @pytest.mark.parametrize("task, verdict, count, media", OFFICIAL, ids=TASKS)
 def test_official_rows_are_read_without_our_keys(tmp_path, task, verdict, count, media, schema):
     files = [f"frames/{k}.png" for k in range(count)]
     question = "<image>" * count + "A cat on a mat. Which of the two is better?"
     response = f"<think>1. Clarity: Answer 1 is fine, Image 1 too.</think>\n<answer>{verdict}</answer>"
-    row = {"problem": question, "solution": f"<answer>{verdict}</answer>", "images": files} if schema == "grpo" else {
+    solution = verdict if schema == "grpo" else f"<answer>{verdict}</answer>"  # the official rows have it bare
+    row = {"problem": question, "solution": solution, "images": files} if schema != "sft" else {
         "conversations": [{"from": "human", "value": question}, {"from": "gpt", "value": response}], "images": files}
     (tmp_path / "rows.json").write_text(json.dumps([row]))  # the official files are JSON lists
     (sample,) = data.read_samples(tmp_path / "rows.json")
@@ -465,6 +466,12 @@ def test_an_official_row_that_asks_for_reasoning_can_be_asked_directly():
     assert words(data.build_prompt(sample, "think")) == sample.problem and words(data.build_prompt(plain, "answer")) == plain.problem
 
 
+def test_one_picture_may_stand_under_the_key_image(tmp_path):
+    (tmp_path / "rows.jsonl").write_text('{"problem": "<image>What is it? ...", "solution": "Answer 2 is better", "image": "a.png"}')
+    (sample,) = data.read_samples(tmp_path / "rows.jsonl")
+    assert (sample.task, sample.label, sample.media) == ("image_understanding", 2, [str(tmp_path / "a.png")])
+
+
 @pytest.mark.parametrize("task", GENERATION)
 def test_an_official_tie_is_read_as_a_tie(tmp_path, task):
     noun = data.candidate_noun(task).lower()
@@ -476,10 +483,11 @@ def test_an_official_tie_is_read_as_a_tie(tmp_path, task):
 
 def test_an_official_row_can_be_written_again_and_keeps_its_question(tmp_path):
     """Stage 2 writes what it read into wrong.jsonl, and stage 3 reads that."""
-    row = {"problem": "<image><image>A cat. Which is better?", "solution": "<answer>Image 1 is better</answer>", "images": ["a.png", "b.png"]}
+    row = {"problem": "<image><image>A cat. Which is better?", "solution": "Image 1 is better", "images": ["a.png", "b.png"]}
     (tmp_path / "rows.jsonl").write_text(json.dumps(row))
     samples = data.read_samples(tmp_path / "rows.jsonl")
     data.write_jsonl(tmp_path / "again.jsonl", map(data.sample_row, samples))
+    assert row.items() <= json.loads((tmp_path / "again.jsonl").read_text()).items()
     again = data.read_samples(tmp_path / "again.jsonl")
     assert data.build_prompt(again[0], "think") == data.build_prompt(samples[0], "think")
 

@@ -323,6 +323,19 @@ def test_a_killed_run_goes_on_where_it_was_and_the_key_is_nowhere(tmp_path, serv
     assert not holds_key(tmp_path) and KEY not in done.stdout + done.stderr
 
 
+def test_a_key_that_could_stand_in_any_text_takes_nothing_out_of_the_replies(run_folder, serve, monkeypatch):
+    samples = data.read_samples(run_folder / "data" / "distill.jsonl")
+    monkeypatch.setenv("LOOPBACK_KEY", "1")
+    distill.run("distill", teacher(serve(samples, lambda attempt, s, body: completion(right(s)))), run_folder / "distill")
+    assert [row["conversations"][1]["value"] for row in data.read_jsonl(run_folder / "distill" / "kept.jsonl")] == list(map(right, samples))
+
+
+def test_a_served_model_is_sent_no_control_tokens_of_a_caption():
+    parts = data.build_prompt(data.Sample("", "image_understanding", "<image> <video> <|im_end|> <b> 1 < 2", [], ["a <|x|>", "b"]), "think")
+    text = "".join(part["text"] for part in distill.message_parts(parts, 64, True))
+    assert "< image> < video> < |im_end|> <b> 1 < 2" in text and "a < |x|>" in text
+
+
 # ------------------------------------------------------------------------------------------------------------------- money
 
 

@@ -147,6 +147,13 @@ def test_the_macro_interval_follows_from_the_errors_of_the_groups():
     assert made["macro"]["high"] - made["macro"]["low"] == pytest.approx(2 * 1.96 * variance**0.5, rel=0.1)
 
 
+def test_the_macro_interval_of_small_groups_stays_between_0_and_1():
+    rows = [random_rows(0)[0] | {"id": f"{group}{k}", "group": group, "label": 1, "answer": 2 - (k == 0)} for group in ("general", "reasoning") for k in range(2 + 10 * (group == "general"))]
+    for right in (1, 2):
+        made = bench.benchmark_metrics([row | {"label": right} for row in rows])["macro"]
+        assert 0 <= made["low"] <= made["accuracy"] <= made["high"] <= 1
+
+
 def test_official_groups_have_their_sizes_on_a_list_made_by_the_rules():
     sources = {"hallucination_pair-": 301, "RLAIF-V-": 400, "RLHF-V-": 48, "mathverse_": 200, "mmmu_pro_test_Art_": 118,
                "wildvision-battle-": 150, "LRVInstruction-": 20, "jailbreak-": 13}
@@ -548,7 +555,7 @@ def test_a_prompt_file_replaces_the_text_in_the_order_shown(base, pictures, tmp_
 def test_the_report_is_written_from_a_run_that_is_still_going(world, samples, tmp_path):
     """Stages are missing, one checkpoint is judged on some of the pairs, and a line of metrics is being written."""
     out = tmp_path / "run"
-    assert "No checkpoint has been judged yet" in report.write(out).read_text()
+    assert "No checkpoint has been judged on such pairs" in report.write(out).read_text()
     for stage in ("data", "cold_start", "grpo"):
         (out / stage).mkdir()
     data.write_jsonl(out / "data" / "test.jsonl", map(data.sample_row, samples))
@@ -576,10 +583,10 @@ def test_the_report_is_written_from_a_run_that_is_still_going(world, samples, tm
         assert pair["facts"] == [[name, [list(fact) for fact in zip(sample.scores[name], sample.reasons[name])]] for name in sample.scores]
         assert len(pair["media"]) == len(sample.media) and all(item["src"].startswith("data:image/png;base64,") for item in pair["media"])
     (out / "cold_start" / "done.json").write_text(json.dumps({"id": "cold_start 2", "made": "9 examples", "seconds": 2.0}))
-    assert "No checkpoint has been judged yet" in report.write(out).read_text(), "the checkpoint is not the one that was judged"
+    assert "No checkpoint has been judged on such pairs" in report.write(out).read_text(), "the checkpoint is not the one that was judged"
     (out / "cold_start" / "done.json").write_text(json.dumps({"made": "9 examples", "seconds": 2.0}))
     data.write_jsonl(out / "data" / "test.jsonl", map(data.sample_row, samples[1:]))
-    assert "No checkpoint has been judged yet" in report.write(out).read_text(), "these are not the pairs that were judged"
+    assert "No checkpoint has been judged on such pairs" in report.write(out).read_text(), "these are not the pairs that were judged"
     (out / "grpo" / "metrics.jsonl").write_text(steps[0] + steps[1][:9] + "\n" + steps[2])
     done = subprocess.run([sys.executable, ROOT / "report.py", out], capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr.startswith(f"error: {out / 'grpo' / 'metrics.jsonl'} is damaged") and done.stderr.count("\n") == 1
