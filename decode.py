@@ -44,7 +44,7 @@ class Decoder:
         self.weights = [(mix(q.weight, k.weight, v.weight), mix(q.bias, k.bias, v.bias)) for q, k, v in parts]
         self.prompts = [(layer.keys[..., pairs].flatten(0, 1), layer.values.flatten(0, 1)) for layer in cache.layers]  # [P * K, L, d] each
         self.own = [[x.new_empty(prompts * self.heads, 0, self.size) for x in pair] for pair in self.prompts]  # [P * K * S, T, d]
-        self.padding = torch.zeros_like(mask, dtype=self.prompts[0][0].dtype).masked_fill(mask == 0, float("-inf")).repeat_interleave(self.heads, 0)
+        self.padding = torch.zeros_like(mask, dtype=torch.float32).masked_fill(mask == 0, float("-inf")).repeat_interleave(self.heads, 0)
         self.seat(torch.arange(prompts, device=mask.device))
 
     def seat(self, prompt: torch.Tensor) -> None:
@@ -65,16 +65,18 @@ class Decoder:
             kept = (left[:, None] * self.heads + torch.arange(self.heads, device=left.device)).flatten()
             self.prompts, self.padding = [(keys[kept], values[kept]) for keys, values in self.prompts], self.padding[kept]
         self.seat(prompt)
-        self.own = [[x[old[self.sitting]] for x in pair] for pair in self.own]
+        for pair in self.own:  # layer by layer, or all of it would be there twice
+            pair[:] = [x[old[self.sitting]] for x in pair]
 
     def attend(self, q, prompt_keys, prompt_values, keys, values, unused) -> torch.Tensor:
         """softmax(q k' / sqrt(d)) v over the tokens of the prompt and of the completion.
-        q [P * K * S, R, d], prompt_keys, prompt_values [P * K, L, d], keys, values [P * K * S, T, d], unused [T] -> [P * K * S, R, d]"""
+        q [P * K * S, R, d], prompt_keys, prompt_values [P * K, L, d], keys, values [P * K * S, T, d], unused [T] -> [P * K * S, R, d]
+        Scores are fp32, as in SDPA's kernels: Qwen2.5's are in the hundreds, where bf16 knows no fractions."""
         seats, scale, length = q.shape[0], self.size**-0.5, prompt_keys.shape[1]
         together = lambda x: x.reshape(len(prompt_keys), -1, x.shape[-1])  # all seats at one prompt: [P * K, S * R, ...]
-        first = torch.baddbmm(self.padding[:, None], together(q), prompt_keys.mT, alpha=scale).view(seats, -1, length)
-        second = torch.baddbmm(unused, q, keys.mT, alpha=scale)  # [P * K * S, R, T]
-        share = torch.cat([first, second], -1).softmax(-1)
+        first = torch.baddbmm(self.padding[:, None], together(q).float(), prompt_keys.mT.float(), alpha=scale).view(seats, -1, length)
+        second = torch.baddbmm(unused, q.float(), keys.mT.float(), alpha=scale)  # [P * K * S, R, T]
+        share = torch.cat([first, second], -1).softmax(-1).to(q.dtype)
         first = torch.bmm(together(share)[..., :length], prompt_values).view(q.shape)
         return torch.baddbmm(first, share[..., length:], values)
 
@@ -82,9 +84,10 @@ class Decoder:
         """Logits [B, V] of what follows `token` [B], which stands at `position` [B]."""
         norm = lambda layer, x: F.rms_norm(x, x.shape[-1:], layer.weight, layer.variance_epsilon)
         if self.length == self.own[0][0].shape[1]:
-            self.own = [[F.pad(x, (0, 0, 0, BLOCK)) for x in pair] for pair in self.own]
+            for pair in self.own:
+                pair[:] = [F.pad(x, (0, 0, 0, BLOCK)) for x in pair]
         x, now, self.length = self.text.embed_tokens(token), self.length, self.length + 1
-        unused = x.new_zeros(self.own[0][0].shape[1])
+        unused = torch.zeros(self.own[0][0].shape[1], device=x.device)
         unused[self.length :] = float("-inf")
         tables = self.text.rotary_emb(x, position.expand(3, 1, -1))  # cos and sin, their second half like the first
         turn = torch.complex(*(table[0, :, None, None, : self.size // 2].float() for table in tables))  # [B, 1, 1, d / 2]

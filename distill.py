@@ -120,9 +120,9 @@ def read_replies(file: Path) -> list:
 def generate_texts(model, processor, prompts: list, own, prefix: str = "", group_size: int = 1, temperature: float = 0.0, seeds=None,
                    label: str = "", file: Path | None = None) -> list:
     """Where nothing is served: `prefix` and what M.generate writes after it to prompts given as content parts. Four batches' worth of them at
-    a time, dealt out to the processes: the pixels of 100,000 pairs of 512 x 512 are a terabyte. Their texts are then in `file`, a line for them all,
+    a time for each process: the pixels of 100,000 pairs of 512 x 512 are a terabyte. Their texts are then in `file`, a line for them all,
     and what is there already is not sampled again. The file belongs to these prompts, seeds and settings: whoever names it sees to that."""
-    texts, size = [text for row in read_replies(file) for text in row["texts"]] if file else [], 4 * own.batch_rows
+    texts, size = [text for row in read_replies(file) for text in row["texts"]] if file else [], 4 * own.batch_rows * config.world()[1]
     config.wait_for_all()  # all have read what the first will now add to
     seeds = seeds or range(len(prompts))
     for k in range(len(texts) // group_size, len(prompts), size):

@@ -140,10 +140,14 @@ def rollout(model, processor, samples: list, own: config.GRPO, prompts: list, se
 
 @torch.no_grad()
 def reference_logprobs(reference, processor, prompts: list, made: M.Completions, own: config.GRPO) -> torch.Tensor:
-    """log pi_ref(y_t) of a rollout [P * G, T], in the micro-batches of the update."""
-    G, size = own.group_size, own.micro_prompts
-    pieces = zip(range(0, len(prompts), size), made.ids.split(size * G), made.lengths.split(size * G))
-    return torch.cat([M.completion_logprobs(reference, processor, prompts[k : k + size], *piece, own.temperature) for k, *piece in pieces])
+    """log pi_ref(y_t) of a rollout [P * G, T], in the micro-batches of the update, each as wide as its longest completion."""
+    G, size, scored = own.group_size, own.micro_prompts, torch.zeros_like(made.logprobs)
+    for k in range(0, len(prompts), size):
+        rows = slice(k * G, (k + size) * G)
+        width = int(made.lengths[rows].max())
+        scored[rows, :width] = M.completion_logprobs(reference, processor, prompts[k : k + size], made.ids[rows, :width], made.lengths[rows],
+                                                     own.temperature)
+    return scored
 
 
 def update(model, processor, optimizer, prompts: list, made: M.Completions, advantages: torch.Tensor, ref_logprobs, own: config.GRPO,
@@ -154,7 +158,6 @@ def update(model, processor, optimizer, prompts: list, made: M.Completions, adva
     advantages = advantages.flatten().to(made.ids.device)  # [P * G]
     counts = config.gather([(len(mask), int(mask.sum()))])  # of every process: denominators are those of the whole update
     rollouts, tokens = sum(n for n, _ in counts), sum(n for _, n in counts)
-    optimizer.zero_grad()
     for k in range(0, len(prompts), own.micro_prompts):
         rows = slice(k * G, (k + own.micro_prompts) * G)
         width = int(made.lengths[rows].max())

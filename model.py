@@ -36,6 +36,7 @@ import config
 import decode
 import media
 
+torch.backends.cuda.enable_cudnn_sdp(False)  # the default on H100: NaN gradients under masks (pytorch issue 196678), and a new plan for each length
 transformers.utils.logging.disable_progress_bar()  # loading the small model takes less time than drawing the bar
 if hasattr(libc := ctypes.CDLL(None), "mallopt"):  # glibc gives freed memory back at once, and the next layer waits for as many zeroed pages
     libc.mallopt(-1, 2**30), libc.mallopt(-3, 2**25)  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD; 5 to 10% of all time on a CPU

@@ -53,10 +53,10 @@ def learning_rate(step: int, steps: int, peak: float, warmup: float) -> float:
 
 def optimizer_for(model, own, weight_decay: float = 0.0) -> torch.optim.AdamW:
     """Freezes what the settings `own` of a stage do not let learn, and returns AdamW for the rest. A bf16 model (on a GPU) gets fp32 copies, and
-    these are optimised: at a step of 1e-6 most bf16 weights, good for three digits, would not move. Gradients are added up in fp32 while
-    backward makes them; every step rounds the copies back into the model, which so has the numerics it is served with. Bytes per learning
-    parameter: 2 (bf16) + 4 (copy) + 4 (gradient) + 8 (moments) = 18 on the GPU; own.offload leaves 2 there and 16 in host memory, where the
-    step is slower. fp32 weights under autocast would take as much, and every sampled token would wait for all weights to be cast."""
+    these are optimised: at a step of 1e-6 most bf16 weights, good for three digits, would not move. Gradients are added up in fp32, and every step
+    rounds the copies back into the model, which so has the numerics it is served with. Bytes per learning parameter: 2 (bf16) + 4 (copy) +
+    4 (gradient) + 8 (moments) = 18 on the GPU; own.offload leaves 2 there, and the gradient until the step, and has 16 in host memory, where
+    the step is slower. fp32 weights under autocast would take as much, and every sampled token would wait for all weights to be cast."""
     if own.freeze_vision:
         M.freeze_vision(model)
     if own.gradient_checkpointing:
@@ -65,17 +65,20 @@ def optimizer_for(model, own, weight_decay: float = 0.0) -> torch.optim.AdamW:
         for layer in model.model.language_model.layers:
             layer._can_checkpoint_with_cache = True  # transformers' own switch; it may be on, since model.SharedPrompt is not written to twice
     learning = [p for p in model.parameters() if p.requires_grad]
-    copies = [p.detach().to("cpu" if own.offload else p.device).float().requires_grad_() for p in learning if learning[0].dtype == torch.bfloat16]
-    fused = True if copies and own.offload else None  # in host memory it is faster; elsewhere torch chooses
-    optimizer = torch.optim.AdamW(copies or learning, lr=0.0, betas=(0.9, 0.99), weight_decay=weight_decay, fused=fused)
+    halves = [p for p in learning if p.dtype == torch.bfloat16]
+    copies = [p.detach().to("cpu" if own.offload else p.device).float().requires_grad_() for p in halves]
+    # In host memory one fused pass is faster; foreach, torch's own choice on a GPU, takes 4 bytes more for each parameter while it steps.
+    optimizer = torch.optim.AdamW([{"params": copies or learning, "learning": learning}], lr=0.0, betas=(0.9, 0.99), weight_decay=weight_decay,
+                                  fused=True if copies and own.offload else None, foreach=False)
 
-    def collect(copy, parameter):
-        copy.grad = parameter.grad.to(copy.device, torch.float32) + (0.0 if copy.grad is None else copy.grad)
-        parameter.grad = None
+    def hand_over(*_):  # once for all micro-batches
+        for copy, parameter in zip(copies, halves):
+            copy.grad = None if parameter.grad is None else parameter.grad.to(copy.device)
 
-    for copy, parameter in zip(copies, learning):
-        parameter.register_post_accumulate_grad_hook(lambda parameter, copy=copy: collect(copy, parameter))
-    optimizer.register_step_post_hook(lambda *_: [parameter.data.copy_(copy) for copy, parameter in zip(copies, learning)])
+    for parameter in halves:
+        parameter.grad_dtype = torch.float32
+    optimizer.register_step_pre_hook(hand_over)
+    optimizer.register_step_post_hook(lambda *_: [parameter.data.copy_(copy) for copy, parameter in zip(copies, halves)])
     return optimizer
 
 
@@ -88,23 +91,32 @@ def response_mask(encoded: list, length: int) -> torch.Tensor:
 # --------------------------------------------------------------------------------------------------------------- the loop
 
 def finish_update(optimizer, totals: dict, own) -> dict:
-    """The end of an update: adds up gradients and `totals`, one of them "loss", of all processes in one message, scales the gradient down to
-    own.max_grad_norm and steps. Under torchrun every process runs its config.share of the batch; denominators count the whole batch, so the sum is
-    what one process alone would have; of a sharded model FSDP has added up the gradients in backward. A loss or gradient that is not finite would
-    spoil every weight: that step is skipped; more than own.max_skipped in a row end the run. Returns totals, "grad_norm", "skipped" (0, 1)."""
-    group, parameters = optimizer.param_groups[0], optimizer.param_groups[0]["params"]
+    """The end of an update: adds up gradients and `totals`, one of them "loss", of all processes, scales the gradient down to own.max_grad_norm,
+    steps, and clears the gradients, whose memory the next rollout may want. Under torchrun every process runs its config.share of the batch;
+    denominators count the whole batch, so the sum is what one process alone would have; of a sharded model FSDP has added up the gradients in
+    backward. A loss or gradient that is not finite would spoil every weight: that step is skipped; more than own.max_skipped in a row end the run.
+    Returns totals, "grad_norm", "skipped" (0, 1)."""
+    group = optimizer.param_groups[0]
+    parameters = group.get("learning", group["params"])  # the model's own, not copies
     if config.world()[1] > 1:
         plain = [p for p in parameters if not isinstance(p, DTensor)]
-        flat = [(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in plain]
-        flat = torch.cat(flat + [torch.tensor(list(totals.values()), device=parameters[0].device)])
+        for p in plain:
+            p.grad = torch.zeros_like(p, dtype=torch.float32) if p.grad is None else p.grad
+        large, small = ([p for p in plain if (p.numel() >= 2**16) == is_large] for is_large in (True, False))
+        for p in large:  # where they are: in one message they would all be there twice
+            dist.all_reduce(p.grad)
+        flat = torch.cat([p.grad.flatten() for p in small] + [torch.tensor(list(totals.values()), device=parameters[0].device)])
         dist.all_reduce(flat)
-        for p, gradient in zip(plain, flat.split([p.numel() for p in plain] + [len(totals)])):
+        for p, gradient in zip(small, flat.split([p.numel() for p in small] + [len(totals)])):
             p.grad = gradient.view_as(p)
         totals = dict(zip(totals, flat[-len(totals) :].tolist()))
     norm = torch.nn.utils.clip_grad_norm_(parameters, own.max_grad_norm)
     norm = (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
     if finite := math.isfinite(totals["loss"]) and math.isfinite(norm):
         optimizer.step()
+    optimizer.zero_grad()
+    for p in parameters:
+        p.grad = None
     group["skipped"] = 0 if finite else group.get("skipped", 0) + 1  # in the optimiser, where resume.keep finds it
     if group["skipped"] > own.max_skipped:
         raise config.UserError(f"{group['skipped']} steps in a row were not finite in loss or gradient; lower the learning rate (lr = {own.lr})")
@@ -150,8 +162,9 @@ def add_gradients(model, processor, examples: list, micro_tokens: int) -> tuple:
     tokens = sum(length - prompt for length, prompt in sizes)  # the denominator of the whole update
     for micro in filter(None, (mine[piece] for piece in micro_batches([length for length, _ in sizes], micro_tokens, config.world()[1]))):
         inputs = M.collate(micro, "right", pad, device)
-        logits = model(**inputs, use_cache=False).logits
-        loss = sft_loss(logits, inputs["input_ids"], response_mask(micro, logits.shape[1]).to(device), tokens)
+        kept = inputs["input_ids"].shape[1] - min(e["prompt_length"] for e in micro) + 1  # the first response token is predicted one before it
+        logits, mask = model(**inputs, use_cache=False, logits_to_keep=kept).logits, response_mask(micro, inputs["input_ids"].shape[1])
+        loss = sft_loss(logits, inputs["input_ids"][:, -kept:], mask[:, -kept:].to(device), tokens)
         loss.backward()
         total += loss.item()
     return total, tokens
@@ -168,7 +181,6 @@ def train(model, processor, examples: list, settings: config.SFT, folder: Path, 
         raise config.UserError(f"{label}: batch_size = {settings.batch_size} is no multiple of the {processes} processes, which run.shard needs")
     for step, taken in steps_to_go(batches(examples, settings.batch_size, seed), steps, label, folder, model, optimizer, settings.save_minutes):
         optimizer.param_groups[0]["lr"] = rate = learning_rate(step, steps, settings.lr, settings.warmup)
-        optimizer.zero_grad()
         total, tokens = add_gradients(model, processor, taken, settings.micro_tokens)
         totals = finish_update(optimizer, {"loss": total}, settings)
         row = {"phase": label, "step": step + 1, "loss": round(totals["loss"], 5), "lr": rate, "grad_norm": round(totals["grad_norm"], 4)}

@@ -8,6 +8,7 @@ rows or files, and prints the command for each. done.json, written last, makes a
 
 import dataclasses
 import fcntl
+import gc
 import hashlib
 import importlib
 import json
@@ -164,6 +165,7 @@ def do_stage(stage: str, settings: Settings, out: Path, command: str, anew: bool
             mark.unlink()
     wait_for_all()
     torch.manual_seed(int.from_bytes(hashlib.sha256(f"{settings.run.seed}/{stage}".encode()).digest()[:4], "big"))
+    gc.collect()  # of the stage before: a sharded model holds itself
     made = importlib.import_module(script).run(stage, settings, folder)
     for file in filter(Path.is_file, folder.iterdir()) if is_main() else []:  # the others would meet files that it is still renaming
         config.flush(file)  # rows and weights are on the disk before done.json says so
