@@ -838,3 +838,25 @@ def test_fresh_practice_compares_on_the_first_dimension_and_as_many_others_as_it
                 found.add(len(scored))
                 assert {"semantic consistency", "semantic accuracy"} & set(scored)
         assert found == {1 + count for count in others}
+
+
+def test_the_splits_are_drawn_apart_by_seed_and_held_out_items_stand_where_they_belong(tmp_path):
+    def drawn(split, seed=0, **changes):
+        own = config.Data(**dict(distill_pairs=16, pool_pairs=8, test_pairs=8, heldout_pairs=8, tie_pairs=9) | changes)
+        shapes.draw_split(split, config.Settings(config.Run(seed=seed), own), tmp_path / f"{split}{seed}")
+        return data.read_samples(tmp_path / f"{split}{seed}" / f"{split}.jsonl")
+
+    made = {split: drawn(split) for split in ("distill", "pool", "test", "heldout", "ties")} | {"pool of seed 1": drawn("pool", 1)}
+    texts = {split: {text_of(sample) for sample in some} for split, some in made.items()}
+    assert all(not texts[one] & texts[other] for one, other in itertools.combinations(texts, 2)), "no pair is tested that was learnt from"
+    for split, some in texts.items():
+        assert [bool(named_items(text) & shapes.HELDOUT) for text in some] == [split == "heldout"] * len(some), split
+    count = lambda some, **wanted: {task: sum(s.task == task and all(getattr(s, k) == v for k, v in wanted.items()) for s in some) for task in TASKS}
+    assert count(made["distill"]) == dict.fromkeys(TASKS, 0) | {"image_generation": 16} and count(drawn("distill", distill_tasks="all")) == dict.fromkeys(TASKS, 4)
+    assert count(made["ties"]) == {task: 9 * (task in GENERATION) for task in TASKS} and count(made["ties"], label=0) == {task: 3 * (task in GENERATION) for task in TASKS}
+    assert count(made["test"]) == dict.fromkeys(TASKS, 8) and count(made["test"], label=1) == dict.fromkeys(TASKS, 4)
+
+
+def test_answers_stand_in_a_prompt_under_their_own_numbers(samples):
+    for sample in (s for s in samples if s.task not in GENERATION):
+        assert words(data.build_prompt(sample, "answer")).startswith(f"\nQuestion: {sample.prompt}\nAnswer 1: {sample.answers[0]}\nAnswer 2: {sample.answers[1]}\n")

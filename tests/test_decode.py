@@ -161,3 +161,18 @@ def test_weights_that_moved_are_sampled_from(tiny, prompts):
     with torch.no_grad():
         scored = M.completion_logprobs(model, tiny[1], prompts, after.ids, after.lengths)
     assert after.ids.tolist() != before.ids.tolist() and (after.logprobs - scored).abs().max() < 1e-5
+
+
+def test_in_bf16_scores_of_attention_are_not_rounded(base):
+    """Biases of queries and keys that add 120 to all scores of a row, which softmax does not see; bf16 would round such scores to whole numbers."""
+    model, processor, prompts = base
+    model = copy.deepcopy(model).to(torch.bfloat16)
+    for layer in model.model.language_model.layers:
+        size = layer.self_attn.head_dim
+        for part in (layer.self_attn.q_proj, layer.self_attn.k_proj):
+            part.bias.data.view(-1, size)[:, size // 2 - 1] += 120**0.5 * size**0.25  # which RoPE hardly turns
+    assert decode.fits(model)
+    made = M.generate(model, processor, prompts, 4, 12, seeds=range(8))
+    with torch.no_grad():
+        scored = M.completion_logprobs(model, processor, prompts, made.ids, made.lengths)
+    assert (scored - made.logprobs)[made.mask].abs().mean() < 0.05

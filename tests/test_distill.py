@@ -637,3 +637,41 @@ def test_a_stage_that_starts_again_keeps_its_replies_and_nothing_else(run_folder
     stages.do_stage("distill", settings, run_folder, "")
     assert len(server.seen) == 14 and stages.is_done("distill", settings, run_folder)
     assert {path.name for path in folder.iterdir()} == {"replies.jsonl", "kept.jsonl", "dropped.jsonl", "done.json"}
+
+
+def test_the_teacher_errs_at_its_rate_and_in_one_fact(samples):
+    """What it writes with one fact misjudged follows from that fact; undecided sums are called for either candidate."""
+    for error_rate, erring in ((0.0, (0, 0)), (0.1, (20, 70)), (1.0, (400, 400))):
+        wrong, ties = 0, set()
+        for k in range(400):
+            sample = samples[k % len(samples)]
+            verdict = data.parse_verdict(distill.scripted_teacher(sample, random.Random(k), error_rate, True), sample.task)
+            changed = sum(verdict.reasons[d][side] != fact for d, pair in sample.reasons.items() for side, fact in enumerate(pair, 1))
+            wrong += changed
+            assert changed <= 1 and verdict.format_ok and verdict.sums_ok and (changed or verdict.consistent and verdict.answer == sample.label)
+            if verdict.totals[1] == verdict.totals[2]:
+                ties.add(verdict.answer)
+        assert erring[0] <= wrong <= erring[1] and ties in (({1, 2},) if error_rate == 1.0 else (set(), {1}, {2}, {1, 2}))
+
+
+def test_an_answer_nobody_can_read_is_asked_for_again_after_growing_waits(samples, serve, tmp_path):
+    server = serve(samples, lambda attempt, s, body: completion("x") if attempt == 2 else (lambda handler: handler.send(200, b"nonsense")))
+    distill.ask(samples[:1], config.Distill(key_variable="", retries=2), server.url, "m", tmp_path / "replies.jsonl")
+    first, second, third = (row["time"] for row in server.seen)
+    assert second - first >= 0.5 and third - second >= 1.0
+
+
+def test_rejection_samples_at_its_temperature_by_the_seed_of_the_run(tiny, samples, pool_folder, tmp_path):
+    """The judgements of a model that is run here are those of M.generate, whatever the slices; with another temperature or seed they are others."""
+    M.save(*tiny, tmp_path / "cold_start")
+    def judged(seed, **changes):
+        settings = config.Settings(config.Run(seed=seed), rejection=config.Rejection(**dict(temperature=0.8, max_new_tokens=8, batch_rows=1) | changes))
+        (tmp_path / "rejection" / "texts.jsonl").unlink(missing_ok=True)
+        rejection.run("rejection", settings, tmp_path / "rejection")
+        return [row["judged"] for row in data.read_jsonl(tmp_path / "rejection" / "wrong.jsonl")]
+    rng = random.Random("3/rejection")
+    prompts = [M.encode(tiny[1], tiny[0], data.build_prompt(s, "think"), data.THINK) for s in samples]
+    made = M.generate(*tiny, prompts, 1, 8, 0.8, seeds=[rng.getrandbits(32) for _ in samples])
+    wanted = [data.THINK + tiny[1].text(ids[:length]) for ids, length in zip(made.ids, made.lengths)]
+    assert judged(3) == wanted == judged(3, batch_rows=256)
+    assert len({*map(tuple, (wanted, judged(4), judged(3, temperature=0.3), judged(3, temperature=1.0)))}) == 4

@@ -1,6 +1,8 @@
 """Metrics against brute force, benchmarks in their released layouts, comparison of results, and the judge on the shipped base."""
 
+import copy
 import csv
+import dataclasses
 import importlib.util
 import io
 import itertools
@@ -15,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 import config
@@ -590,3 +593,75 @@ def test_the_report_is_written_from_a_run_that_is_still_going(world, samples, tm
     (out / "grpo" / "metrics.jsonl").write_text(steps[0] + steps[1][:9] + "\n" + steps[2])
     done = subprocess.run([sys.executable, ROOT / "report.py", out], capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr.startswith(f"error: {out / 'grpo' / 'metrics.jsonl'} is damaged") and done.stderr.count("\n") == 1
+
+
+def test_no_margin_need_count_as_a_tie():
+    """Where every larger total wins rightly the best threshold is 0, though no margin is."""
+    rows = [random_rows(0)[0] | {"id": f"{k}", "label": 1 + k % 2, "answer": 1 + k % 2, "margin": (3, -1)[k % 2]} for k in range(6)]
+    assert evaluate.tie_metrics(rows)["tau_calibrated"]["accuracy"] == 1
+
+
+def test_each_resample_takes_its_own_best_threshold():
+    """Of two choices of which one is right exactly where the other is wrong, the better is right in half or more of any resample."""
+    one = np.arange(100) % 2
+    assert evaluate.interval(one)["low"] < 0.45 < 0.5 <= evaluate.interval(np.array([one, 1 - one]))["low"]
+
+
+def test_votes_are_drawn_at_temperature_one(base, samples):
+    rows = evaluate.judge(*base, samples, "answer", config.Evaluate(max_new_tokens=12), votes=6)
+    prompts = [M.encode(base[1], base[0], data.build_prompt(sample, "answer")) for sample in samples]
+    drawn = lambda temperature: M.generate(*base, prompts, 6, 12, temperature, seeds=range(len(samples)))
+    texts = lambda made: [base[1].text(ids[:length]) for ids, length in zip(made.ids, made.lengths)]
+    assert [row["text"] for row in rows] == texts(drawn(1.0)) != texts(drawn(0.7))
+
+
+@pytest.fixture
+def checkpoint(tiny, samples, tmp_path) -> Path:
+    """A run folder with a finished direct_sft whose base comes from elsewhere, and pairs in all splits."""
+    M.save(*tiny, tmp_path / "direct_sft")
+    (tmp_path / "direct_sft" / "done.json").write_text('{"id": "direct_sft 1"}')
+    (tmp_path / "data").mkdir()
+    for split in ("test", "heldout", "ties"):
+        some = [s for s in samples if split != "ties" or data.is_generation(s.task)]
+        data.write_jsonl(tmp_path / "data" / f"{split}.jsonl", [data.sample_row(dataclasses.replace(s, id=f"{split}-{s.id}")) for s in some])
+    return tmp_path
+
+
+def test_a_checkpoint_is_judged_in_both_orders_with_ties_offered_where_there_are_some_and_anew_with_other_settings(tiny, checkpoint):
+    settings = config.Settings(evaluate=config.Evaluate(max_new_tokens=6))
+    def judged():
+        evaluate.judge_checkpoint("direct_sft", "answer", settings, checkpoint)
+        return [(row["split"], row["id"], row["swapped"], row["text"]) for row in data.read_jsonl(checkpoint / "evaluate" / "direct_sft-answer.jsonl")]
+    def expected(style="full", ties=True):
+        found = []
+        for split in ("test", "heldout", "ties"):
+            for s in data.read_samples(checkpoint / "data" / f"{split}.jsonl"):
+                for swapped in (False, True) if split == "test" else (False,):
+                    prompt = M.encode(tiny[1], tiny[0], data.build_prompt(s.swapped() if swapped else s, "answer", style, ties and split == "ties"))
+                    made = M.generate(*tiny, [prompt], 1, settings.evaluate.max_new_tokens, 0.0)
+                    found.append((split, s.id, swapped, tiny[1].text(made.ids[0, : made.lengths[0]])))
+        return found
+    first = judged()
+    assert first == expected() and first != expected(style="short") and first != expected(ties=False)
+    settings.evaluate.max_new_tokens = 3
+    assert judged() == expected() != first
+
+
+def test_what_an_earlier_checkpoint_said_before_a_stop_is_not_taken_for_the_present_ones(tiny, checkpoint):
+    settings, ties = config.Settings(evaluate=config.Evaluate(max_new_tokens=6)), checkpoint / "data" / "ties.jsonl"
+    row = lambda: data.read_jsonl(checkpoint / "evaluate" / "direct_sft-answer.jsonl")[0]["text"]
+    evaluate.judge_checkpoint("direct_sft", "answer", settings, checkpoint)
+    whole, first = ties.read_bytes(), row()
+    ties.write_text("{}\n")
+    with pytest.raises(config.UserError, match="ties.jsonl"):  # after the test was judged
+        evaluate.judge_checkpoint("direct_sft", "answer", settings, checkpoint)
+    model = copy.deepcopy(tiny[0])
+    with torch.no_grad():
+        model.lm_head.weight.copy_(model.lm_head.weight.flip(0))
+    M.save(model, tiny[1], checkpoint / "direct_sft")
+    (checkpoint / "direct_sft" / "done.json").write_text('{"id": "direct_sft 2"}')
+    ties.write_bytes(whole)
+    evaluate.judge_checkpoint("direct_sft", "answer", settings, checkpoint)
+    prompt = M.encode(tiny[1], model, data.build_prompt(data.read_samples(checkpoint / "data" / "test.jsonl")[0], "answer", "full"))
+    made = M.generate(model, tiny[1], [prompt], 1, 6, 0.0)
+    assert row() == tiny[1].text(made.ids[0, : made.lengths[0]]) != first

@@ -2,6 +2,8 @@
 
 import copy
 import math
+import random
+import re
 
 import pytest
 import torch
@@ -343,6 +345,19 @@ def test_the_micro_batch_size_changes_neither_the_update_nor_its_metrics(tiny, r
         assert distance(whole, model) < 1e-4 * step and same == pytest.approx(metrics, rel=1e-4, abs=1e-6)
 
 
+def test_the_reference_scores_every_group_no_wider_than_it_is(tiny, rolled):
+    """Of two micro-batches the first has 2 tokens at most: the values are those of the plain form, the tokens run those that are needed."""
+    prompts, made, _ = rolled
+    made, widths = copy.copy(made), []
+    made.lengths = torch.cat([made.lengths[:8].clamp(max=2), made.lengths[8:]])
+    handle = tiny[0].model.language_model.layers[0].register_forward_pre_hook(lambda _, given: widths.append(given[0].shape[1]))
+    scored = grpo.reference_logprobs(tiny[0], tiny[1], prompts, made, own_settings(micro_prompts=2))
+    handle.remove()
+    plain = M.completion_logprobs(*tiny, prompts, made.ids, made.lengths, share_prompt=False)
+    assert torch.allclose(scored, plain.detach(), atol=1e-5) and not scored[~made.mask].any() and not scored.requires_grad
+    assert widths[1::2] == [1, int(made.lengths[8:].max()) - 1], "after each prompt its completions, without their last tokens"
+
+
 def test_an_update_is_one_step_of_reinforce(tiny, rolled):
     """Against the textbook: the gradient of - mean over completions of advantage times mean log-probability, each row run in full."""
     prompts, made, advantages = rolled
@@ -428,3 +443,61 @@ def test_control_tokens_after_a_judgement_cost_it_the_format(tiny):
     assert tiny[1].text(ids(GOOD + M.IM_END)) == tiny[1].text(ids(GOOD)) == GOOD and tokenizer.eos_token == M.IM_END
     for text in (GOOD + M.PAD, GOOD + M.IM_START + M.IM_END):
         assert grpo.rewards_of(tiny[1].text(ids(text)), PAIR, "think")["format"] == 0
+
+
+def test_a_run_is_its_formulas_in_a_plain_loop(tiny, samples, tmp_path):
+    """Three steps of two updates, no setting at its default, one rollout and one row after the other: draws, prompts, rewards, advantages, the frozen
+    reference, schedule, clipping and AdamW are those of the run; and so is what it logs. Official rows cannot be turned round."""
+    verdict = lambda s, label: f"<answer>{data.verdict_string(s.task, label)}</answer>"
+    official = lambda s: {key: value for key, value in data.sample_row(s).items() if data.is_generation(s.task) or key not in ("prompt", "answers")}
+    (tmp_path / "data").mkdir(), (tmp_path / "grpo").mkdir()
+    data.write_jsonl(tmp_path / "data" / "pool.jsonl", map(official, samples))
+    pool, taught, processor = data.read_samples(tmp_path / "data" / "pool.jsonl"), copy.deepcopy(tiny[0]), tiny[1]
+    examples = [(data.build_prompt(s, "answer", "full"), verdict(s, label)) for s in pool for label in (1, 2)]  # so it wavers
+    sft.train(taught, processor, examples, config.SFT(lr=1e-2, epochs=15, batch_size=12, freeze_vision=False), tmp_path, "seed", "test")
+    M.save(taught, processor, tmp_path / "direct_sft")
+    settings = config.Settings(config.Run(seed=5), grpo=config.GRPO(
+        mode="answer", start="direct_sft", data="pool", random_order=True, steps=3, prompts_per_step=4, group_size=5, updates_per_rollout=2, lr=2e-3,
+        warmup=0.5, max_grad_norm=0.01, beta=0.5, kl="k2", clip_low=0.1, clip_high=0.3, scale_by_std=False, normalise="constant", format_weight=0.5,
+        temperature=1.3, max_new_tokens=16, micro_prompts=3))
+    grpo.run("grpo", settings, tmp_path / "grpo")
+    (policy, _), (reference, _), (made, _) = (M.load(str(tmp_path / name)) for name in ("direct_sft", "direct_sft", "grpo"))
+    learning = [p for name, p in policy.named_parameters() if "visual" not in name]
+    optimizer, rng = torch.optim.AdamW(learning, betas=(0.9, 0.99), weight_decay=0.0), random.Random("5/grpo")
+    order, chosen = rng.sample(pool, 12), 0
+    for step, (row, shown) in enumerate(zip(data.read_jsonl(tmp_path / "grpo" / "metrics.jsonl"), data.read_jsonl(tmp_path / "grpo" / "samples.jsonl"))):
+        batch = [s.swapped() if data.is_generation(s.task) and rng.random() < 0.5 else s for s in order[4 * step : 4 * step + 4]]
+        prompts, draw = [M.encode(processor, policy, data.build_prompt(s, "answer", "full")) for s in batch], random.Random(f"5/grpo/{step}")
+        rolled = M.generate(policy, processor, prompts, 5, 16, 1.3, seeds=[draw.getrandbits(32) for _ in batch])
+        texts = [[processor.text(rolled.ids[5 * p + g, : rolled.lengths[5 * p + g]]) for g in range(5)] for p in range(4)]
+        rewards = torch.tensor([[0.5 * bool(re.fullmatch("<answer>[^<]*</answer>", text)) + (text == verdict(s, s.label)) for text in group]
+                                for s, group in zip(batch, texts)])
+        advantages, equal = rewards - rewards.mean(1, keepdim=True), [len(set(group)) == 1 for group in rewards.tolist()]
+        logprobs = lambda model: M.completion_logprobs(model, processor, prompts, rolled.ids, rolled.lengths, 1.3, share_prompt=False)
+        with torch.no_grad():
+            old, ref = logprobs(policy), logprobs(reference)
+        for _ in range(2):
+            now = logprobs(policy)
+            ratio, A = (now - old).exp(), advantages.view(-1, 1)
+            per_token = 0.5 * (ref - now).square() / 2 - torch.minimum(ratio * A, ratio.clamp(0.9, 1.3) * A)
+            optimizer.zero_grad()
+            (per_token[rolled.mask].sum() / (20 * 16)).backward()
+            norm = torch.nn.utils.clip_grad_norm_(learning, 0.01)
+            optimizer.param_groups[0]["lr"] = 2e-3 * (0.5, 1, 0.5)[step]
+            optimizer.step()
+        assert (shown["id"], shown["label"], shown["completions"]) == (batch[step].id, batch[step].label, texts[step])
+        assert shown["rewards"] == rewards[step].tolist() and shown["advantages"] == pytest.approx(advantages[step].tolist(), abs=1e-6)
+        expected = {"reward": rewards.mean(), "reward_std": rewards.std(1).mean(), "zero_variance_share": sum(equal) / 4, "grad_norm": norm,
+                    "lr": optimizer.param_groups[0]["lr"]}
+        assert {name: row[name] for name in expected} == pytest.approx({name: float(value) for name, value in expected.items()}, rel=1e-2)
+        chosen += 4 - sum(equal)
+    assert chosen > 3 and distance(made, policy) < 0.01 * distance(made, reference)
+
+
+def test_without_a_gradient_the_stages_own_optimiser_moves_nothing(tiny, rolled):
+    """No weight decay in GRPO: equal rewards and no KL leave every bit."""
+    model, (prompts, made, _) = copy.deepcopy(tiny[0]), rolled
+    optimizer = sft.optimizer_for(model, own_settings())
+    optimizer.param_groups[0]["lr"] = 0.1
+    grpo.update(model, tiny[1], optimizer, prompts, made, torch.zeros(4, 4), None, own_settings(beta=0.0))
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), tiny[0].parameters()))

@@ -512,6 +512,19 @@ def test_the_response_and_its_end_are_learnt_and_the_prompt_is_not(tiny, example
     assert torch.equal(logits.grad.abs().sum(-1)[:, :-1] > 0, mask[:, 1:]) and not logits.grad[:, -1].any()
 
 
+def test_only_positions_that_predict_a_response_reach_the_vocabulary(tiny, examples):
+    """Of a micro-batch as many as from the end of its shortest prompt on, and the loss is that of all positions."""
+    model, processor = copy.deepcopy(tiny[0]), tiny[1]
+    encoded = [sft.encode_example(processor, model, example) for example in examples]
+    inputs, seen = M.collate(encoded, "right", processor.tokenizer.pad_token_id, "cpu"), []
+    length, shortest = inputs["input_ids"].shape[1], min(e["prompt_length"] for e in encoded)
+    mask = sft.response_mask(encoded, length)
+    whole = sft.sft_loss(model(**inputs).logits, inputs["input_ids"], mask, int(mask.sum())).item()
+    model.lm_head.register_forward_pre_hook(lambda _, given: seen.append(given[0].shape[1]))
+    assert sft.add_gradients(model, processor, examples, 10**6) == (pytest.approx(whole, rel=1e-6), int(mask.sum()))
+    assert seen == [length - shortest + 1] and shortest > 20
+
+
 def settings(**changes) -> config.SFT:
     return config.SFT(**dict(lr=1e-3, epochs=1, batch_size=8, freeze_vision=False, max_grad_norm=1e9) | changes)
 
@@ -621,3 +634,21 @@ def test_freezing_takes_the_vision_tower_and_nothing_else(tiny, examples, tmp_pa
     assert {name for name, p in model.named_parameters() if torch.equal(p.float(), before[name])} == names
 
 
+def test_training_is_adamw_in_a_plain_loop(tiny, examples, tmp_path):
+    """Four steps, one example after the other: order, mean over the tokens of a batch, clipping, schedule, decay, and gradients that begin at 0."""
+    made, metrics = trained(tiny, examples, tmp_path / "run", batch_size=4, epochs=2, lr=1e-2, warmup=0.5, weight_decay=0.3, max_grad_norm=0.5)
+    plain, rng = copy.deepcopy(tiny[0]).double(), random.Random("seed")
+    optimizer = torch.optim.AdamW(plain.parameters(), betas=(0.9, 0.99), weight_decay=0.3)
+    order = [example for _ in range(2) for example in rng.sample(examples, 8)]
+    for step, rate in enumerate((0.5, 1, 0.75, 0.25)):  # half of the steps up, then a cosine that would be 0 in the fifth
+        batch = [sft.encode_example(tiny[1], plain, example) for example in order[4 * step : 4 * step + 4]]
+        tokens = sum(len(e["ids"]) - e["prompt_length"] for e in batch)
+        optimizer.zero_grad()
+        for e in batch:
+            logits = plain(**M.collate([e], "right", 0, "cpu")).logits[0, e["prompt_length"] - 1 : -1]
+            (torch.nn.functional.cross_entropy(logits, e["ids"][e["prompt_length"] :], reduction="sum") / tokens).backward()
+        torch.nn.utils.clip_grad_norm_(plain.parameters(), 0.5)
+        optimizer.param_groups[0]["lr"] = 1e-2 * rate
+        optimizer.step()
+        assert metrics[step]["lr"] == pytest.approx(1e-2 * rate) and metrics[step]["tokens"] == tokens
+    assert largest_difference(made, plain) < 1e-4 < 1e-2 < largest_difference(made, tiny[0])
