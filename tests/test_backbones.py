@@ -527,8 +527,8 @@ def test_gradient_checkpointing_changes_memory_and_nothing_else(release, samples
 
 
 def test_a_bf16_model_is_stepped_in_fp32(release, samples):
-    """Adam's first step by hand, w - lr g / (|g| + eps), on the fp32 sum of the bf16 gradients of two micro-batches; then the model holds the
-    copies, rounded. With offload the same."""
+    """Adam's first step by hand, w - lr g / (|g| + eps), on the fp32 sum of the gradients of two micro-batches, each that of the prompts and
+    that of the completions; then the model holds the copies, rounded. With offload the same."""
     model, processor = M.load(str(release), torch.bfloat16)
     model = model.cpu()
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
@@ -538,7 +538,8 @@ def test_a_bf16_model_is_stepped_in_fp32(release, samples):
     collected = {name: [] for name, p in plain.named_parameters() if p.requires_grad}
     for name, p in plain.named_parameters():
         if p.requires_grad:
-            p.register_hook(lambda gradient, name=name: collected[name].append(gradient.float()))  # of each micro-batch
+            p.grad_dtype = torch.float32
+            p.register_hook(lambda gradient, name=name: collected[name].append(gradient))  # of each micro-batch
     own = dict(group_size=2, max_new_tokens=6, micro_prompts=1, beta=0.0, max_grad_norm=1e9)
     prompts = [M.encode(processor, model, data.build_prompt(s, "think"), data.THINK) for s in samples[:2]]
     made = M.Completions(torch.arange(20, 44).view(4, 6), torch.tensor([6, 3, 5, 6]), torch.zeros(4, 6), torch.zeros(4, dtype=torch.bool))
