@@ -157,3 +157,21 @@ def test_more_seeds_than_the_quantiles_reach():
     for seeds, quantile in (25, 2.0639), (26, 2.0639), (100, 2.0639):
         mean, low, high = claims.estimate([[float(k)] for k in range(seeds)])
         assert mean == (seeds - 1) / 2 and math.isclose(high - mean, quantile * np.std(range(seeds), ddof=1) / seeds**0.5, rel_tol=1e-4)
+
+
+def test_each_split_has_its_own_table_and_claims_are_of_the_test(tmp_path, capsys):
+    run = make_run({key: 9 for _, key in claims.KEYS})
+    for rows in (run[key] for _, key in claims.KEYS):
+        rows[:] = [one | {"answer": 2} if one["split"] == "heldout" and int(one["id"][-1]) >= 4 else one for one in rows]
+    evaluate.command_line("table", [write_folder(tmp_path / "seed0", run, {})])
+    printed = capsys.readouterr().out
+    test, held_out = printed.partition("never trained on\n\n")[0], printed.partition("never trained on\n\n")[2].partition("The reasoning")[0]
+    assert test.count("| 90.0 [") == held_out.count("| 40.0 [") == 5 * len(claims.KEYS) and "| 40.0 [" not in test and "| 90.0 [" not in held_out
+
+
+def test_reasoning_that_disagrees_with_the_verdict_is_counted_on_either_side():
+    said = lambda answer, scores_right: {name: value(row("image_generation", 0, answer, scores_right=scores_right)) for name, value in claims.REASONING.items()}
+    right, wrong = "right verdict, wrong scores", "wrong verdict, right scores"
+    assert [(said(a, s)[right], said(a, s)[wrong]) for a in (1, 2, None) for s in (1.0, 0.5)] == [
+        (False, False), (True, False), (False, True), (False, False), (False, True), (False, False)]
+    assert said(1, 0.5)["verdict follows"] and said(1, 0.5)["scores right"] == 0.5 and said(1, 0.5)["facts right"] == 1 / 3

@@ -569,16 +569,16 @@ def test_a_benchmark_and_a_pair_are_judged_by_a_server_of_any_model(samples, ser
 
 
 def test_a_pair_is_decided_by_both_orders_in_the_numbering_given(samples, serve, tmp_path):
-    given = [s for s in samples if data.is_generation(s.task)][:5]
-    said = {s.id: replies for s, replies in zip(given, [(1, 2), (2, 1), (1, 1), (2, None), (None, None)])}  # shown as given, shown turned
+    given = [s for s in samples if data.is_generation(s.task)]
+    said = {s.id: replies for s, replies in zip(given, [(1, 2), (2, 1), (1, 1), (2, None), (None, None), (0, None)])}  # shown as given, shown turned
     def reply(attempt, shown, body):
         answer = said[shown.id][shown not in given]
-        return completion(f"<think>x</think>\n<answer>{data.verdict_string(shown.task, answer) if answer else 'neither'}</answer>")
+        return completion(f"<think>x</think>\n<answer>{data.verdict_string(shown.task, answer) if answer is not None else 'neither'}</answer>")
 
     server = serve(given + [s.swapped() for s in given], reply)
     made = evaluate.judge_pairs({"url": server.url, "model": "m", "file": tmp_path / "replies.jsonl"}, None, given)
-    assert [row["answer"] for row in made] == [1, 2, 0, 2, None] and len(server.seen) == 10
-    assert [row["margin"] for row in made] == [1, -1, 0, -0.5, 0]
+    assert [row["answer"] for row in made] == [1, 2, 0, 2, None, 0] and len(server.seen) == 12
+    assert [row["margin"] for row in made] == [1, -1, 0, -0.5, 0, 0]
     assert [row["votes"] for row in made[1:4]] == [{1: 0, 2: 2, 0: 0, None: 0}, {1: 1, 2: 1, 0: 0, None: 0}, {1: 0, 2: 1, 0: 0, None: 1}]
 
 

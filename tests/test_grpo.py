@@ -459,7 +459,7 @@ def test_a_run_is_its_formulas_in_a_plain_loop(tiny, samples, tmp_path):
     settings = config.Settings(config.Run(seed=5), grpo=config.GRPO(
         mode="answer", start="direct_sft", data="pool", random_order=True, steps=3, prompts_per_step=4, group_size=5, updates_per_rollout=2, lr=2e-3,
         warmup=0.5, max_grad_norm=0.01, beta=0.5, kl="k2", clip_low=0.1, clip_high=0.3, scale_by_std=False, normalise="constant", format_weight=0.5,
-        temperature=1.3, max_new_tokens=16, micro_prompts=3))
+        temperature=1.3, max_new_tokens=40, micro_prompts=3))
     grpo.run("grpo", settings, tmp_path / "grpo")
     (policy, _), (reference, _), (made, _) = (M.load(str(tmp_path / name)) for name in ("direct_sft", "direct_sft", "grpo"))
     learning = [p for name, p in policy.named_parameters() if "visual" not in name]
@@ -468,7 +468,7 @@ def test_a_run_is_its_formulas_in_a_plain_loop(tiny, samples, tmp_path):
     for step, (row, shown) in enumerate(zip(data.read_jsonl(tmp_path / "grpo" / "metrics.jsonl"), data.read_jsonl(tmp_path / "grpo" / "samples.jsonl"))):
         batch = [s.swapped() if data.is_generation(s.task) and rng.random() < 0.5 else s for s in order[4 * step : 4 * step + 4]]
         prompts, draw = [M.encode(processor, policy, data.build_prompt(s, "answer", "full")) for s in batch], random.Random(f"5/grpo/{step}")
-        rolled = M.generate(policy, processor, prompts, 5, 16, 1.3, seeds=[draw.getrandbits(32) for _ in batch])
+        rolled = M.generate(policy, processor, prompts, 5, 40, 1.3, seeds=[draw.getrandbits(32) for _ in batch])
         texts = [[processor.text(rolled.ids[5 * p + g, : rolled.lengths[5 * p + g]]) for g in range(5)] for p in range(4)]
         rewards = torch.tensor([[0.5 * bool(re.fullmatch("<answer>[^<]*</answer>", text)) + (text == verdict(s, s.label)) for text in group]
                                 for s, group in zip(batch, texts)])
@@ -481,7 +481,7 @@ def test_a_run_is_its_formulas_in_a_plain_loop(tiny, samples, tmp_path):
             ratio, A = (now - old).exp(), advantages.view(-1, 1)
             per_token = 0.5 * (ref - now).square() / 2 - torch.minimum(ratio * A, ratio.clamp(0.9, 1.3) * A)
             optimizer.zero_grad()
-            (per_token[rolled.mask].sum() / (20 * 16)).backward()
+            (per_token[rolled.mask].sum() / (20 * 40)).backward()
             norm = torch.nn.utils.clip_grad_norm_(learning, 0.01)
             optimizer.param_groups[0]["lr"] = 2e-3 * (0.5, 1, 0.5)[step]
             optimizer.step()
@@ -489,9 +489,9 @@ def test_a_run_is_its_formulas_in_a_plain_loop(tiny, samples, tmp_path):
         assert shown["rewards"] == rewards[step].tolist() and shown["advantages"] == pytest.approx(advantages[step].tolist(), abs=1e-6)
         expected = {"reward": rewards.mean(), "reward_std": rewards.std(1).mean(), "zero_variance_share": sum(equal) / 4, "grad_norm": norm,
                     "lr": optimizer.param_groups[0]["lr"]}
-        assert {name: row[name] for name in expected} == pytest.approx({name: float(value) for name, value in expected.items()}, rel=1e-2)
+        assert {name: row[name] for name in expected} == pytest.approx({name: float(value) for name, value in expected.items()}, rel=1e-3)
         chosen += 4 - sum(equal)
-    assert chosen > 3 and distance(made, policy) < 0.01 * distance(made, reference)
+    assert chosen > 3 and distance(made, policy) < 1e-3 * distance(made, reference)
 
 
 def test_without_a_gradient_the_stages_own_optimiser_moves_nothing(tiny, rolled):

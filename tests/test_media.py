@@ -580,6 +580,9 @@ def test_a_mix_is_its_sources_one_after_the_other(folder):
     assert said(f"{two},\n  {one}@all,") == names("two.jsonl", range(10)) + names("one@home.jsonl", range(6))
     drawn = said(f"{two}@30%, {one}@random:2")
     assert len(drawn) == 5 and drawn == said(f"{two}@30%, {one}@random:2") and all(prompt.startswith("two") for prompt in drawn[:3])
+    by_seed = said(f"{two}@random:5")
+    data.run("data", config.load_settings("smoke", [("data.pool", f"{two}@random:5"), ("run.seed", "2")]), folder / "run")
+    assert [s.prompt for s in data.read_samples(folder / "run" / "pool.jsonl")] != by_seed
     other = [stage(folder / "run", pool=f"{two}@50%", distill=f"{two}@50%")[split] for split in ("pool", "distill")]
     assert len(other[0]) == len(other[1]) == 5
     repeated = stage(folder / "run", pool=f"{one}, {one}")["pool"]

@@ -5,6 +5,7 @@ import gc
 import json
 import math
 import random
+from pathlib import Path
 
 import pytest
 import torch
@@ -652,3 +653,43 @@ def test_training_is_adamw_in_a_plain_loop(tiny, examples, tmp_path):
         optimizer.step()
         assert metrics[step]["lr"] == pytest.approx(1e-2 * rate) and metrics[step]["tokens"] == tokens
     assert largest_difference(made, plain) < 1e-4 < 1e-2 < largest_difference(made, tiny[0])
+
+
+def stage_folder(tiny, samples, out) -> list:
+    """A run folder that has base, cold start, distillation and rejection, and the responses that these kept, the former of three pairs."""
+    said = [data.write_reasoning(s.task, s.reasons, s.scores, data.verdict_string(s.task, s.label)) for s in samples]
+    for name in ("base", "cold_start"):
+        M.save(*tiny, out / name)
+    for name, count in (("distill/kept.jsonl", 3), ("rejection/correct.jsonl", len(samples))):
+        (out / name).parent.mkdir()
+        data.write_jsonl(out / name, [data.sft_row(s, text) for s, text in zip(samples[:count], said)])
+    return said
+
+
+def test_every_stage_starts_where_the_paper_says_and_learns_what_it_says(tiny, samples, tmp_path):
+    """The cold start the teacher's reasoning, rejection SFT the model's own, the control the labels of the same pairs."""
+    said, text = stage_folder(tiny, samples, tmp_path), lambda parts: data.to_text(parts)[0]  # files are the same by other names
+    def learnt(stage):
+        start, examples = sft.start_and_examples(stage, config.Settings(), tmp_path)
+        return Path(start).name, [(text(parts), response) for parts, response in examples]
+    prompts = lambda mode, style: [text(data.build_prompt(s, mode, style)) for s in samples]
+    verdicts = [f"<answer>{data.verdict_string(s.task, s.label)}</answer>" for s in samples]
+    assert learnt("cold_start") == ("base", list(zip(prompts("think", "short"), said))[:3]) and {s.label for s in samples} == {1, 2}
+    assert learnt("rejection_sft") == ("cold_start", list(zip(prompts("think", "short"), said)))
+    assert learnt("direct_sft") == ("base", list(zip(prompts("answer", "full"), verdicts)))
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_replay_is_practice_drawn_for_the_run_but_comparisons_and_is_learnt_with_the_rest(tiny, samples, tmp_path, seed):
+    stage_folder(tiny, samples, tmp_path)
+    own, folder, tokens = config.SFT(replay=0.5, epochs=1, batch_size=6), tmp_path / "rejection_sft", []
+    folder.mkdir()
+    sft.run("rejection_sft", config.Settings(config.Run(seed=seed), rejection_sft=own), folder)
+    pretrain.write_practice(tmp_path / "again", 8, 2, 0, random.Random(f"{seed}/rejection_sft/replay"))
+    file = folder / "replay" / "practice.jsonl"
+    assert file.read_text() == (tmp_path / "again" / "practice.jsonl").read_text() and file.read_text().count('"compare"')
+    others = [example for row, example in zip(data.read_jsonl(file), data.read_conversations(file)) if row["kind"] != "compare"]
+    for example in random.Random(f"{seed}/rejection_sft").sample(data.read_conversations(tmp_path / "rejection" / "correct.jsonl") + others[:6], 18):
+        made = sft.encode_example(tiny[1], tiny[0], example)
+        tokens.append(len(made["ids"]) - made["prompt_length"])
+    assert [row["tokens"] for row in data.read_jsonl(folder / "metrics.jsonl")] == [sum(tokens[k : k + 6]) for k in (0, 6, 12)]

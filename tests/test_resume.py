@@ -1,6 +1,7 @@
 """What is stopped goes on: real command lines in real processes, killed (kill -9) at chosen points of every kind of stage, end with the bits of a
 run that nobody stopped. The processes are forked from one that has everything imported, which saves the seconds of that and nothing else."""
 
+import dataclasses
 import hashlib
 import json
 import multiprocessing
@@ -344,3 +345,31 @@ def test_a_worker_that_dies_ends_all_with_one_line_and_the_same_command_goes_on(
     numbers, same = ([{key: row[key] for key in ("step", "reward", "kl", "grad_norm", "lr")} for row in rows(folder / "grpo_direct" / "metrics.jsonl")] for folder in (one, out))
     assert [row["step"] for row in same] == [1, 2, 3] and all(row == pytest.approx(other, rel=1e-3, abs=1e-5) for row, other in zip(same, numbers))
     assert not list(out.rglob("*.state"))
+
+
+@pytest.mark.parametrize("split", ["distill", "pool", "test"])
+def test_a_changed_source_of_any_split_makes_the_data_anew(tmp_path, split):
+    rows = tmp_path / "pairs.jsonl"
+    settings, made = config.load_settings("smoke", [(f"data.{split}", f"{rows}@first:1")]), []
+    for text in ("one\n", "two\n"):
+        rows.write_text(text)
+        made.append(stages.made_of("data", settings, tmp_path)[str(rows)])
+    assert made == [hashlib.sha256(text).hexdigest()[:16] for text in (b"one\n", b"two\n")]
+
+
+LEARNING = {"max_skipped", "micro_tokens", "gradient_checkpointing", "offload", "save_minutes"}
+SERVER = {"key_variable", "concurrency", "timeout", "retries"}
+
+
+@pytest.mark.parametrize("section, harmless", [
+    ("run", {"threads", "shard"}), ("data", {"media_within"}), ("model", set()), ("base", LEARNING), ("cold_start", LEARNING), ("rejection_sft", LEARNING),
+    ("direct_sft", LEARNING), ("distill", SERVER | {"max_cost", "price_in", "price_out"}), ("rejection", SERVER | {"endpoint", "batch_rows"}),
+    ("evaluate", SERVER | {"endpoint", "served", "batch_rows"}), ("grpo", LEARNING | {"micro_prompts", "batch_rows"}),
+    ("grpo_direct", LEARNING | {"micro_prompts", "batch_rows"})])
+def test_every_setting_but_these_makes_its_stage_anew(tmp_path, section, harmless):
+    """One that is wrongly taken for harmless would leave results of other settings standing."""
+    settings, stage = config.Settings(), {"model": "base", "run": "grpo"}.get(section, section)
+    own = getattr(settings, section)
+    facts = stages.made_of(stage, settings, tmp_path)
+    assert {f"{section}.{name}" for name in config.shaping(own)} <= facts.keys()
+    assert {field.name for field in dataclasses.fields(own)} - config.shaping(own).keys() == harmless
