@@ -675,3 +675,11 @@ def test_rejection_samples_at_its_temperature_by_the_seed_of_the_run(tiny, sampl
     wanted = [data.THINK + tiny[1].text(ids[:length]) for ids, length in zip(made.ids, made.lengths)]
     assert judged(3) == wanted == judged(3, batch_rows=256)
     assert len({*map(tuple, (wanted, judged(4), judged(3, temperature=0.3), judged(3, temperature=1.0)))}) == 4
+
+
+def test_where_the_scripted_teacher_errs_depends_on_the_seed_of_the_run(run_folder):
+    def written(seed):
+        distill.run("distill", config.Settings(config.Run(seed=seed), distill=config.Distill(error_rate=0.5)), run_folder / "distill")
+        rows = [row for name in ("kept", "dropped") for row in data.read_jsonl(run_folder / "distill" / f"{name}.jsonl")]
+        return {row["id"]: row["conversations"][1]["value"] for row in rows}
+    assert written(0) == written(0) != written(1)
