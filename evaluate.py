@@ -154,7 +154,7 @@ def table(results: list) -> str:
     span = lambda c: f"{percent(c['accuracy']):>5} [{percent(c['low']):>5},{percent(c['high']):>5}]" if isinstance(c, dict) else percent(c)
     parts = []
     for title, width, heads, lines in report.tables(results).values():
-        if all(cell is None for _, *cells in lines for cell in cells):  # a test of one's own has no pairs of this kind
+        if report.is_empty(lines):
             continue
         rows = [["", *heads]] + [[name, *map(span, cells)] for name, *cells in lines]
         parts.append("\n".join([title] + ["  ".join([f"{name:<28}"] + [f"{cell:>{width}}" for cell in cells]) for name, *cells in rows]) + "\n")

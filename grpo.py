@@ -138,15 +138,19 @@ def rollout(model, processor, samples: list, own: config.GRPO, prompts: list, se
     return made, sum(groups, []), {name: torch.tensor([[one[name] for one in group] for group in rewards]) for name in rewards[0][0]}
 
 
+def whole_groups(prompts: list, made: M.Completions, own: config.GRPO):
+    """The micro-batches of a rollout: (own.micro_prompts of the prompts, the rows of their completions, the length of the longest of these)."""
+    for k in range(0, len(prompts), own.micro_prompts):
+        rows = slice(k * own.group_size, (k + own.micro_prompts) * own.group_size)
+        yield prompts[k : k + own.micro_prompts], rows, int(made.lengths[rows].max())
+
+
 @torch.no_grad()
 def reference_logprobs(reference, processor, prompts: list, made: M.Completions, own: config.GRPO) -> torch.Tensor:
-    """log pi_ref(y_t) of a rollout [P * G, T], in the micro-batches of the update, each as wide as its longest completion."""
-    G, size, scored = own.group_size, own.micro_prompts, torch.zeros_like(made.logprobs)
-    for k in range(0, len(prompts), size):
-        rows = slice(k * G, (k + size) * G)
-        width = int(made.lengths[rows].max())
-        scored[rows, :width] = M.completion_logprobs(reference, processor, prompts[k : k + size], made.ids[rows, :width], made.lengths[rows],
-                                                     own.temperature)
+    """log pi_ref(y_t) of a rollout [P * G, T], in the micro-batches of the update."""
+    scored = torch.zeros_like(made.logprobs)
+    for some, rows, width in whole_groups(prompts, made, own):
+        scored[rows, :width] = M.completion_logprobs(reference, processor, some, made.ids[rows, :width], made.lengths[rows], own.temperature)
     return scored
 
 
@@ -154,15 +158,13 @@ def update(model, processor, optimizer, prompts: list, made: M.Completions, adva
            replayed: list = ()) -> dict:
     """One optimiser step on a rollout, in micro-batches of whole groups. Prompts, completions and advantages [P, G] are those of this process;
     `replayed`, SFT examples whose loss is added, are those of all. Returns the update's metrics."""
-    G, mask, totals = own.group_size, made.mask, {}
+    mask, totals = made.mask, {}
     advantages = advantages.flatten().to(made.ids.device)  # [P * G]
     counts = config.gather([(len(mask), int(mask.sum()))])  # of every process: denominators are those of the whole update
     rollouts, tokens = sum(n for n, _ in counts), sum(n for _, n in counts)
-    for k in range(0, len(prompts), own.micro_prompts):
-        rows = slice(k * G, (k + own.micro_prompts) * G)
-        width = int(made.lengths[rows].max())
-        logprobs, entropy = M.completion_logprobs(model, processor, prompts[k : k + own.micro_prompts], made.ids[rows, :width], made.lengths[rows],
-                                                  own.temperature, with_entropy=True)
+    for some, rows, width in whole_groups(prompts, made, own):
+        logprobs, entropy = M.completion_logprobs(model, processor, some, made.ids[rows, :width], made.lengths[rows], own.temperature,
+                                                  with_entropy=True)
         # With one update per rollout the policy has not moved since it sampled: pi_old = pi, exactly.
         old = logprobs.detach() if own.updates_per_rollout == 1 else made.logprobs[rows, :width]
         ref = None if ref_logprobs is None else ref_logprobs[rows, :width]

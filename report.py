@@ -80,8 +80,13 @@ def tables(results: list) -> dict:
                      lines(lambda row: [row["ties"].get(key) for key in ("diff", "tau", "tau_calibrated")]))}
 
 
+def is_empty(lines: list) -> bool:
+    """Whether nothing was judged of what a part is about: a test of one's own has no held-out pairs and no ties beside it."""
+    return all(cell is None for _, *cells in lines for cell in cells)
+
+
 def markup(heads: list, lines: list) -> str:
-    if all(cell is None for _, *cells in lines for cell in cells):
+    if is_empty(lines):
         return '<p class="muted">No checkpoint has been judged on such pairs.</p>'
     head = "".join(f'<th scope="col">{text}</th>' for text in heads)
     body = "".join(f'<tr><th scope="row">{escape(name)}</th>{"".join(f"<td>{meter(cell)}</td>" for cell in cells)}</tr>' for name, *cells in lines)

@@ -279,8 +279,7 @@ GOOD = ("<think>1. Aesthetics: Image 1: vivid (9/10). Image 2: faded (4/10).\nTo
     ("", "think", (0, 0, 0)),
 ])
 def test_format_accuracy_and_consistency_are_rewarded_apart(text, mode, rewards):
-    expected = dict(zip(("format", "accuracy", "consistency", "dimension"), (*rewards, 0.0)))
-    assert expected.items() <= grpo.rewards_of(text, PAIR, mode).items()  # a fork may add others
+    assert grpo.rewards_of(text, PAIR, mode) == dict(zip(("format", "accuracy", "consistency", "dimension"), (*rewards, 0.0)))
 
 
 def test_an_unreadable_verdict_is_never_right_even_where_the_label_is_unknown():

@@ -48,9 +48,9 @@ def test_control_strings_in_user_text_are_spelled_out(tiny, text):
     assert not set(M.tokenize(tokenizer, text, plain=True)) & special_ids(tokenizer), "also after that"
 
 
-def test_tags_and_candidates_are_one_token_each(tiny):
+def test_tags_candidates_and_frequent_numbers_are_one_token_each(tiny):
     tokenizer = tiny[1].tokenizer
-    for word in ["<think>", "</think>", "<answer>", "</answer>", " Image 1", " Video 2", " Answer 1"]:
+    for word in ["<think>", "</think>", "<answer>", "</answer>", " Image 1", " Video 2", " Answer 1", "10"]:
         assert len(M.tokenize(tokenizer, word, plain=True)) == 1, word
 
 
@@ -633,6 +633,14 @@ def test_freezing_takes_the_vision_tower_and_nothing_else(tiny, examples, tmp_pa
     before = dict(tiny[0].named_parameters())
     assert {name for name, p in model.named_parameters() if not p.requires_grad} == names != set()
     assert {name for name, p in model.named_parameters() if torch.equal(p.float(), before[name])} == names
+
+
+def test_freezing_where_no_vision_tower_is_found_is_an_error(tiny):
+    model = copy.deepcopy(tiny[0])
+    for wrong in (model.model.language_model, model.model.visual):
+        with pytest.raises(config.UserError, match="vision"):
+            M.freeze_vision(wrong)
+        assert all(p.requires_grad for p in model.parameters())
 
 
 def test_training_is_adamw_in_a_plain_loop(tiny, examples, tmp_path):
