@@ -56,7 +56,7 @@ class Data:
     pool: str = setting("", "files that make the unified pool, written alike")
     test: str = setting("", "files that make the test, written alike; the small world's other tests are left out then")
     image_root: str = setting("", "folder that media paths are relative to; empty: the folder of each file")
-    media_within: str = setting("", "folder that no medium may lie outside of, symlinks followed; empty: the one paths are relative to", shapes=False)
+    media_within: str = setting("", "folder that no medium may lie outside of, symlinks followed; empty: the one paths are relative to")
     on_error: str = setting("stop", "what a bad row does after all have been listed: stop, or skip (it is left out)", allowed="stop|skip")
     frames: int = setting(8, "frames shown of a video")
     pair_frames: int = setting(8, "frames shown of a pair of videos together, half of each")
@@ -82,7 +82,7 @@ class Learning:  # what SFT and GRPO have in common
     max_grad_norm: float = setting(1.0, "gradients are scaled down to this norm")
     max_skipped: int = setting(10, "steps in a row that may be skipped, as loss or gradient is not finite; one more ends the run", False, (0, 1e12))
     freeze_vision: bool = setting(True, "train the language model only")
-    micro_tokens: int = setting(16384, "tokens of SFT examples per forward pass, padding included; changes memory and speed, never the result", False)
+    micro_tokens: int = setting(8192, "tokens of SFT examples per forward pass, padding included; changes memory and speed, never the result", False)
     gradient_checkpointing: bool = setting(False, "run layers again in backward, not to keep activations", False)
     offload: bool = setting(False, "on a GPU: keep fp32 weights, gradients, Adam's moments and a waiting reference in host memory", False)
     save_minutes: float = setting(2.0, "minutes between states to go on from after a stop; longer where saving would be 2% of the time", False)
@@ -104,6 +104,7 @@ class Base(SFT):
     simple: int = setting(12000, "exercises in the first single skill, naming; base.pretrain.SKILLS says how many in the others", allowed=(0, 1e12))
     simple_lr: float = setting(1e-3, "peak learning rate of the single skills; `lr` is that of the mixture")
     freeze_vision: bool = setting(False, "the base is where seeing is learnt")
+    replay: float = setting(0.0, "0: what later stages replay is all that the base learns", allowed=(0, 0))
 
 
 @dataclass

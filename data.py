@@ -36,7 +36,7 @@ DIMENSIONS = {  # paper, section 3.1: what each task is judged on, from 1 to 10.
     "video_understanding": ("semantic accuracy", "correctness", "clarity"),
 }
 TASKS = tuple(DIMENSIONS)
-FLIP = {1: 2, 2: 1}  # the verdict on the same pair in the other order; a tie (0) and what is unreadable (None) stay
+flip = lambda answer: {1: 2, 2: 1}.get(answer, answer)  # in the other order; a tie (0) and what is unreadable (None) stay
 is_video = lambda task: task.startswith("video")
 is_generation = lambda task: task.endswith("generation")
 
@@ -82,7 +82,7 @@ class Sample:
     def swapped(self) -> "Sample":
         """The same pair in the other order: media, answers, scores *and* label change places together."""
         media = self.media[::-1] if is_generation(self.task) else self.media
-        label = FLIP.get(self.label, self.label)
+        label = flip(self.label)
         swap = lambda values: {key: pair[::-1] for key, pair in values.items()}
         return Sample(self.id, self.task, self.prompt, media, self.answers[::-1], label, swap(self.scores), swap(self.reasons), self.problem)
 
@@ -387,9 +387,9 @@ def run(stage: str, settings: config.Settings, out: Path) -> str:
 
 
 def pick(rows: list, strategy: str, rng) -> list:
-    """"all" (or ""), "first:N", "end:N", "random:N" or "N%" (a random share, rounded up) of `rows`, in their order."""
+    """"all", "first:N", "end:N", "random:N" or "N%" (a random share, rounded up) of `rows`, in their order."""
     kind, _, number = strategy.removesuffix("%").rpartition(":")
-    count = len(rows) if number in ("", "all") else -(-len(rows) * int(number) // 100) if strategy.endswith("%") else int(number)
+    count = len(rows) if number == "all" else -(-len(rows) * int(number) // 100) if strategy.endswith("%") else int(number)
     chosen = sorted(rng.sample(range(len(rows)), min(count, len(rows))))
     return rows[:count] if kind == "first" else rows[max(0, len(rows) - count) :] if kind == "end" else [rows[k] for k in chosen]
 

@@ -66,7 +66,7 @@ def run(stage: str, settings: config.Settings, folder: Path) -> str:
     if missing := [s.id for s in samples if not {"scripted": s.reasons, "given": s.response}.get(own.teacher, True)]:
         raise config.UserError(f"the {own.teacher} teacher knows nothing of {missing[0]}; ask a served one, for instance --distill.teacher gpt-4o")
     if own.teacher in ("scripted", "given"):  # the latter: SFT rows that have their reasoning already
-        write = lambda sample: sample.response or scripted_teacher(sample, rng, own.error_rate, own.scores)
+        write = lambda sample: sample.response if own.teacher == "given" else scripted_teacher(sample, rng, own.error_rate, own.scores)
         replies = [{"text": write(sample), "finish": "stop"} for sample in config.progress(samples, "teacher")]
     else:
         replies = ask(samples, own, own.base_url, own.teacher, folder / "replies.jsonl", temperature=own.temperature, label="teacher")

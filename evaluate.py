@@ -62,7 +62,7 @@ def summarise(rows: list) -> dict:
             "first_chosen": share(row["answer"] == 1 for row in rows)}
     given, turned = ({row["id"]: row["answer"] for row in rows if row["swapped"] == swapped} for swapped in (False, True))
     if both := given.keys() & turned.keys():
-        made["orders_agree"] = share(given[k] is not None and data.FLIP.get(given[k], given[k]) == turned[k] for k in both)
+        made["orders_agree"] = share(given[k] is not None and data.flip(given[k]) == turned[k] for k in both)
     if rows[0]["mode"] == "think":
         made |= {name: share(row[name] for row in rows) for name in ("format_ok", "sums_ok", "consistent")}
         if all(row["scores_right"] is not None for row in rows):  # the truth is known in the small world only
@@ -231,10 +231,11 @@ def judge_pairs(model, processor, samples: list, mode: str = "think", votes: int
     judge_pairs(*M.load("runs/small/grpo"), [data.Sample("1", "image_generation", "a red square", ["a.png", "b.png"])], votes=5)
     One dict per sample: "answer" 1, 2, 0 (undecided) or None (nothing readable), "votes" {answer: count}, "margin" (votes for 1 - for 2) / all,
     "total_margin" mean difference of stated totals or None, "judgements" rows of `judge` in the sample's own numbering (not so their texts)."""
+    samples = [dataclasses.replace(s, media=media.fit_clips(s.media)) if data.is_video(s.task) else s for s in samples]
     rows = judge(model, processor, samples, mode, own or config.Evaluate(), False, label, orders, style, template, votes)
     results, turn = [], lambda pair: {3 - k: value for k, value in pair.items()}
     for row in [row for row in rows if row["swapped"]]:
-        row |= {key: data.FLIP.get(row[key], row[key]) for key in ("answer", "label")} | {"margin": None if row["margin"] is None else -row["margin"]}
+        row |= {key: data.flip(row[key]) for key in ("answer", "label")} | {"margin": None if row["margin"] is None else -row["margin"]}
         row |= {"totals": turn(row["totals"]), "scores": {name: turn(pair) for name, pair in row["scores"].items()}}
     for sample in samples:
         each = (votes or 1) * sum(sample.can_swap or not swapped for swapped in orders)
@@ -272,13 +273,13 @@ def judge_command(options) -> None:
     """Judges two candidates: once and in the order given, with --votes K times in each order; with --rank any number, each pair in both orders."""
     task, generation, video = options.task, data.is_generation(options.task), data.is_video(options.task)
     names, shown = options.media if generation else options.answer, [find_media(file, video) for file in options.media]
-    shown, fit = [shown] if video and not generation else shown, media.fit_clips if video else list  # several files: the frames of one video
+    shown = [shown] if video and not generation else shown  # several files: the frames of one video
     if len(names) < 2 or (len(names) > 2 and not options.rank) or (options.answer if generation else len(shown) > 1):
         raise config.UserError(f"{task} takes {'two files' if generation else 'one medium, --answer A and --answer B'} (more candidates: --rank); "
                                f"got {len(options.media)} files and {len(options.answer)} answers")
     pairs, of = [(i, j) for j in range(len(names)) for i in range(j)], lambda values, pair: [values[k] for k in pair]
     source, style, template, own, load = choose_model(options)
-    samples = [data.Sample("", task, options.prompt, fit(of(shown, p) if generation else shown), [] if generation else of(names, p)) for p in pairs]
+    samples = [data.Sample("", task, options.prompt, of(shown, p) if generation else shown, [] if generation else of(names, p)) for p in pairs]
     orders, noun = (False, True) if options.votes or options.rank else (False,), data.candidate_noun(task)
     with contextlib.redirect_stdout(sys.stderr):  # for --json what is said on the way is no part of the result
         results = judge_pairs(*load(config.ROOT / "runs" / "judge.replies.jsonl"), samples, options.mode, options.votes, orders, style, template, own)

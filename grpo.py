@@ -114,7 +114,7 @@ def encode_prompts(processor, model, samples: list, mode: str, style: str) -> li
     """The prompts of `samples` as tensors, see model.encode; their pictures seen once for rollout, reference and update."""
     prefix = data.THINK if mode == "think" else ""
     prompts = [M.encode(processor, model, data.build_prompt(sample, mode, style), prefix) for sample in samples]
-    M.see(model, prompts)
+    M.encode_vision(model, prompts)
     return prompts
 
 
@@ -233,7 +233,7 @@ def run(stage: str, settings: config.Settings, folder: Path) -> str:
         clock.append(time.time())
         means = {f"reward_{name}": reward.mean().item() for name, reward in rewards.items()}
         row = {"step": step + 1, "reward": total.mean().item()} | means | metrics | {
-            "zero_variance_share": (total == total[:, :1]).all(1).float().mean().item(), "reward_std": total.std(1).mean().item(),
+            "zero_variance_share": (advantages == 0).all(1).float().mean().item(), "reward_std": total.std(1).mean().item(),
             "lr": rate, "seconds_rollout": clock[1] - clock[0], "seconds_reference": clock[2] - clock[1], "seconds_update": clock[3] - clock[2]}
         config.log(folder, {name: float(f"{value:.6g}") if isinstance(value, float) else value for name, value in row.items()})
         config.say(f"   step {step + 1}: accuracy {row['reward_accuracy']:.2f}, format {row['reward_format']:.2f}, "

@@ -52,9 +52,15 @@ def frames_of(path: str, wanted=()):
         raise config.UserError(f"cannot read {path}: {error}")
 
 
+def version(path: str) -> tuple:
+    """Part of every cache's key: another one when the file, or that which a frame is of, was written anew, and under another limit."""
+    file = Path(re.sub("#[0-9]+of[0-9]+$", "", path))
+    return limits.max_pixels, file.exists() and file.stat().st_mtime_ns
+
+
 @functools.lru_cache(maxsize=4)
-def read_clip(path: str, count: int, max_pixels: int) -> tuple:
-    """(`count` frames spread evenly over a file, how many it has); kept, since its frames are asked for one by one (`max_pixels`
+def read_clip(path: str, count: int, version: tuple) -> tuple:
+    """(`count` frames spread evenly over a file, how many it has); kept, since its frames are asked for one by one (`version`
     is there for the cache alone)."""
     length = sum(1 for _ in frames_of(path))
     wanted = spread(length, count) if length else []
@@ -67,7 +73,7 @@ def read_image(path: str) -> Image.Image:
     frame = (found := re.fullmatch(r"(.+)#([0-9]{1,5})of([0-9]{1,5})", path)) and 0 < int(found[2]) <= int(found[3]) and found
     if not frame and path.lower().endswith(VIDEO_FILES):
         raise config.UserError(f"{path} is a video where an image belongs")
-    return read_clip(frame[1], int(frame[3]), limits.max_pixels)[0][int(frame[2]) - 1].copy() if frame else next(frames_of(path, (0,)))
+    return read_clip(frame[1], int(frame[3]), version(frame[1]))[0][int(frame[2]) - 1].copy() if frame else next(frames_of(path, (0,)))
 
 
 def spread(length: int, count: int) -> list:
@@ -84,7 +90,7 @@ def fit_clips(clips: list, frames: int = 0, pair_frames: int = 0) -> list:
     files = lambda folder: [str(file) for file in sorted(Path(folder).glob("[!.]*"), key=number)]
     clips = [files(clip) if isinstance(clip, str) and Path(clip).is_dir() else clip for clip in given]
     most = max(1, min(frames, pair_frames // len(clips)) if len(clips) > 1 else frames)
-    lengths = [read_clip(clip, most, limits.max_pixels)[1] if isinstance(clip, str) else len(clip) for clip in clips]
+    lengths = [read_clip(clip, most, version(clip))[1] if isinstance(clip, str) else len(clip) for clip in clips]
     if not all(lengths):
         raise config.UserError(f"video {lengths.index(0) + 1}, {given[lengths.index(0)]}, has no frames")
     count = min(most, max(lengths))

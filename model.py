@@ -1,13 +1,13 @@
-"""The model: load or build it, turn prompts into tensors, sample from it, score what was sampled, save it.
+"""The model: load it, turn prompts into tensors, sample from it, score what was sampled, save it.
 
-Checkpoints of Qwen2.5-VL, Qwen3-VL and LLaVA-OneVision run through the same lines as the small one that is built here. Two functions matter:
+Checkpoints of Qwen2.5-VL, Qwen3-VL and LLaVA-OneVision run through the same lines as the small one (base/pretrain.py builds it). Two functions matter:
 
     generate(...)             samples G completions per prompt and returns their ids, lengths and log-probabilities
     completion_logprobs(...)  scores the same ids, with gradients; log pi(y_t | x, y_<t) of GRPO's ratio and KL
 
 Both share work: the prompt, which is mostly image, is run once, and its G completions on top of its key-value cache; `generate` runs
 completions as one text until they part, `completion_logprobs` runs equal ones once. `completion_logprobs(..., share_prompt=False)` is the
-plain form, one full sequence per row; the tests hold the two together. What a frozen vision tower makes of a prompt they can share, too (`see`).
+plain form, one full sequence per row; the tests hold the two together. What a frozen vision tower makes of a prompt they can share, too (`encode_vision`).
 """
 
 import collections
@@ -97,11 +97,11 @@ def load(path: str, dtype: torch.dtype | None = None, shard: bool = False) -> tu
         raise config.UserError(f"{path}: the tokenizer has {len(tokenizer)} entries and is not that of the model")
     if kind.model_type == "llava_onevision":
         model.model.register_forward_pre_hook(llava_inputs, with_kwargs=True)
-    model = deal_out(model, dtype) if shard else model.to("cuda" if gpu else "cpu")
+    model = shard_model(model, dtype) if shard else model.to("cuda" if gpu else "cpu")
     return model.eval(), Processor(tokenizer, image_processor, files, PATCHES.setdefault(image_processor.to_json_string(), {}))
 
 
-def deal_out(model, dtype: torch.dtype):
+def shard_model(model, dtype: torch.dtype):
     """The weights dealt out to the processes, layer by layer; gradients come back added up over all of them. It computes and is saved in `dtype`."""
     policy, model.config.dtype = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32), dtype
     for part in [*model.model.language_model.layers, model]:
@@ -147,7 +147,7 @@ def freeze_vision(model) -> None:
 def image_patches(processor: Processor, path: str, tiled: bool = True) -> tuple:
     """(patches [n, d], or tiles [n, 3, height, width]; grid [3]) of one file as its backbone takes them, fp32; a gigabyte is kept, as every
     epoch and every group asks for them again."""
-    key = path, Path(path).exists() and Path(path).stat().st_mtime_ns, media.limits.max_pixels, tiled  # a file may be written anew
+    key = path, media.version(path), tiled
     if key not in processor.patches:
         image = media.read_image(path)
         made = processor.image_processor(images=[image] if tiled else [[image] * 2], return_tensors="pt")
@@ -254,7 +254,7 @@ def collate(encoded: list, side: str, pad_id: int, device) -> dict:
 
 
 @torch.no_grad()
-def see(model, encoded: list) -> None:
+def encode_vision(model, encoded: list) -> None:
     """Runs a vision tower that does not learn once for all passes over these prompts, in place: "features", for types 1 and 2 a list of [n, d], one
     and with Qwen3-VL more for its first layers, stand in for "patches" from here on, for every model with the same tower. Nothing happens to
     prompts of LLaVA-OneVision, whose features depend on the rest of the prompt, and of a model that is dealt out to processes."""

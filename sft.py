@@ -48,7 +48,7 @@ def learning_rate(step: int, steps: int, peak: float, warmup: float) -> float:
     rising = max(1, round(warmup * steps))
     if step < rising:
         return peak * (step + 1) / rising
-    return peak * 0.5 * (1 + math.cos(math.pi * (step + 1 - rising) / max(1, steps + 1 - rising)))
+    return peak * 0.5 * (1 + math.cos(math.pi * (step + 1 - rising) / (steps + 1 - rising)))
 
 
 def optimizer_for(model, own, weight_decay: float = 0.0) -> torch.optim.AdamW:

@@ -44,7 +44,7 @@ def votes(options) -> None:
     run, checkpoint = Path(options.run), Path(options.run) / "grpo"
     if not (checkpoint / "done.json").is_file() or options.votes < 1:
         raise config.UserError(f"{checkpoint} holds no finished model: python grpo.py makes one; --votes is 1 or more")
-    samples, own = data.read_samples(run / "data" / "test.jsonl"), evaluate.settings_of(run, options).evaluate
+    samples, own = data.read_samples(run / "data" / "test.jsonl"), evaluate.settings_of(run).evaluate
     model, processor, made = *M.load(str(checkpoint)), []
     for turns, count in ((True, -(-options.votes // 2)), (False, options.votes)):  # an official row of understanding is judged as given only
         some = [sample for sample in samples if sample.can_swap == turns]

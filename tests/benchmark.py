@@ -233,7 +233,7 @@ def step_of_generate(world: dict) -> dict:
 def step_of_general(world: dict) -> dict:
     prompts, start = world["encode"](), clock()
     with patch.object(decode, "ENABLED", False):
-        M.see(world["model"], prompts)
+        M.encode_vision(world["model"], prompts)
         grpo.rollout(world["model"], world["processor"], world["samples"], world["own"], prompts)
     return {"rollout": clock() - start}
 
@@ -249,7 +249,7 @@ def step_of_this(world: dict, plain: bool = False) -> dict:
         made = M.Completions(ids, lengths, logprobs, torch.ones_like(lengths))
         [grpo.rewards_of(processor.text(row), world["samples"][k // own.group_size], own.mode) for k, row in enumerate(ids)]
     else:
-        M.see(model, prompts)
+        M.encode_vision(model, prompts)
         made, *_ = grpo.rollout(model, processor, world["samples"], own, prompts)
         assert world["ends"] or int(made.lengths.min()) == own.max_new_tokens
     rollout = clock() - encoded

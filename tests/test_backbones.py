@@ -343,13 +343,13 @@ def test_what_a_frozen_tower_has_seen_stands_in_for_patches(backbone, release, f
         tower = one.model.vision_tower if release.name == "llava_onevision" else one.model.visual
         tower.register_forward_pre_hook(lambda *_: moved.append(1))
     learning, plain = encode(), encode()
-    M.see(model, learning)
+    M.encode_vision(model, learning)
     M.freeze_vision(model)
     with torch.no_grad():
         for parameter in reference.model.language_model.parameters():
             parameter.mul_(1.01)
     seen = encode()
-    M.see(model, seen)
+    M.encode_vision(model, seen)
     assert moved == [1, 1] * (release.name != "llava_onevision") and not any("features" in one for one in learning)
     made, results = M.generate(model, processor, seen, 2, 8, seeds=range(len(seen))), []
     assert torch.equal(made.ids, M.generate(model, processor, plain, 2, 8, seeds=range(len(plain))).ids)

@@ -626,6 +626,22 @@ def test_only_the_small_world_has_a_scripted_teacher_and_sft_rows_bring_their_ow
     assert [row["dropped"] for row in data.read_jsonl(tmp_path / "distill" / "dropped.jsonl")] == ["malformed"]
 
 
+def test_the_scripted_teacher_writes_itself_where_rows_bring_a_response(samples, tmp_path):
+    """Rows of kept.jsonl or correct.jsonl hold the facts and what another model wrote about them."""
+    some = [s for s in samples if s.task == "image_generation"]
+    data.write_jsonl(tmp_path / "rows.jsonl", [data.sft_row(s, distill.scripted_teacher(s, random.Random(k), 1.0, True)) for k, s in enumerate(some)])
+    settings = config.load_settings("smoke", [("data.distill", str(tmp_path / "rows.jsonl")), ("data.media_within", str(tmp_path.parent)),
+                                              ("distill.error_rate", "0")])
+    for folder in ("data", "distill"):
+        (tmp_path / folder).mkdir()
+    data.write_sources("distill", settings, tmp_path / "data")
+    distill.run("distill", settings, tmp_path / "distill")
+    kept = [response for _, response in data.read_conversations(tmp_path / "distill" / "kept.jsonl")]
+    assert len(kept) == len(some) == 3
+    for sample, text in zip(some, kept):
+        assert data.parse_verdict(text, sample.task).scores == {name: dict(enumerate(pair, 1)) for name, pair in sample.scores.items()}
+
+
 def test_a_stage_that_starts_again_keeps_its_replies_and_nothing_else(run_folder, serve):
     samples = data.read_samples(run_folder / "data" / "distill.jsonl")
     server = serve(samples, lambda attempt, s, body: completion(right(s)))

@@ -19,6 +19,7 @@ from PIL import Image, PngImagePlugin, features
 
 import config
 import data
+import evaluate
 import media
 import model as M
 import report
@@ -137,6 +138,27 @@ def test_a_picture_that_was_written_anew_is_read_anew_by_every_processor(tiny, t
     Image.new("RGB", (32, 32), "white").save(file)
     assert seen(tiny[1]) == seen(other) > black
     assert other.patches is M.load(model_path)[1].patches  # the next stage finds what this one has read
+
+
+def test_a_clip_that_was_written_anew_is_read_anew(tiny, tmp_path):
+    file = tmp_path / "a.gif"
+    Image.new("RGB", (32, 32), "black").save(file)
+    os.utime(file, (1, 1))
+    (clip,) = media.fit_clips([str(file)])
+    seen = lambda: (media.read_image(clip[0]).getpixel((0, 0))[0], M.encode_media(tiny[1], {"type": "video", "video": clip})[0].mean().item())
+    black = seen()
+    Image.new("RGB", (32, 32), "white").save(file)
+    white = seen()
+    assert black[0] == 0 and white[0] == 255 and white[1] > black[1]
+
+
+def test_judge_pairs_shows_equally_much_of_both_clips(tiny, tmp_path):
+    """Else a candidate could be known by its length."""
+    clips, shown = [animate(tmp_path / "a.gif", 4), animate(tmp_path / "b.gif", 6)], []
+    watch = tiny[0].register_forward_pre_hook(lambda module, args, inputs: shown.append(inputs.get("video_grid_thw")), with_kwargs=True)
+    evaluate.judge_pairs(*tiny, [data.Sample("", "video_generation", "a cat", clips)], orders=(False,), own=config.Evaluate(max_new_tokens=2))
+    watch.remove()
+    assert shown[0][:, 0].tolist() == [2, 2]  # pairs of frames
 
 
 def claim(path, kind: bytes, body: bytes) -> None:

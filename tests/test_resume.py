@@ -362,7 +362,7 @@ SERVER = {"key_variable", "concurrency", "timeout", "retries"}
 
 
 @pytest.mark.parametrize("section, harmless", [
-    ("run", {"threads", "shard"}), ("data", {"media_within"}), ("model", set()), ("base", LEARNING), ("cold_start", LEARNING), ("rejection_sft", LEARNING),
+    ("run", {"threads", "shard"}), ("data", set()), ("model", set()), ("base", LEARNING), ("cold_start", LEARNING), ("rejection_sft", LEARNING),
     ("direct_sft", LEARNING), ("distill", SERVER | {"max_cost", "price_in", "price_out"}), ("rejection", SERVER | {"endpoint", "batch_rows"}),
     ("evaluate", SERVER | {"endpoint", "served", "batch_rows"}), ("grpo", LEARNING | {"micro_prompts", "batch_rows"}),
     ("grpo_direct", LEARNING | {"micro_prompts", "batch_rows"})])
