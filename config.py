@@ -251,7 +251,7 @@ def flush(path: Path) -> int:
 
 def write_file(path: Path, write) -> None:
     """What `write` puts into the stream it is given becomes `path` whole or not at all."""
-    temporary = path.with_name(path.name + ".tmp")
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as stream:
             write(stream)

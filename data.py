@@ -244,7 +244,7 @@ def parse_verdict(text: str, task: str) -> Verdict:
     for match in re.finditer(rf"\b{noun} ([12])\b[:*\s]{{0,9}}({NUMBER}(?:\s*\+\s*{NUMBER})*)\s*=\s*({NUMBER})", closing):
         stated.setdefault(int(match.group(1)), ([float(term) for term in match.group(2).split("+")], float(match.group(3))))
     totals = {k: total for k, (_, total) in stated.items()}
-    sums_ok = set(stated) == {1, 2} and bool(scores) and all(len(pair) == 2 for pair in scores.values()) and all(
+    sums_ok = set(stated) == {1, 2} and len(scores) == len(pieces) // 2 > 0 and all(len(pair) == 2 for pair in scores.values()) and all(
         abs(sum(terms) - total) < 0.05 and sorted(terms) == sorted(pair[k] for pair in scores.values())
         for k, (terms, total) in stated.items()
     )

@@ -178,11 +178,15 @@ def fetch(asked: dict, own: config.Server, url: str, request: dict, file: Path, 
                 print(f"   {label}: {len(missing)} to go, {total('tokens_in')} + {total('tokens_out')} tokens" + priced, flush=True)
 
     keys = [key for key in asked if key in missing]
+    if own.max_cost:  # the dearest first: most pictures, longest text; what is under way then costs no more than what is known
+        keys.sort(key=lambda key: [(-len(files), -len(text)) for text, files in [data.to_text(asked[key][1])]])
     if there := len(asked) - len(keys):
         print(f"   {label}: {there} of {len(asked)} replies are there from before", flush=True)
     if keys:
         print(f"   {label}: asking {hide(url)} for {len(keys)}", flush=True)
-    for key in keys[:1] if own.max_cost and not there else []:  # what a prompt costs is known from its reply only
+    for key in keys if own.max_cost else []:  # what a prompt costs is known from its reply only, and not from that of a filter
+        if problems or any(row["finish"] != "content_filter" for row in rows if row["key"] in asked):
+            break
         one(key)
     with ThreadPoolExecutor(own.concurrency) as pool:
         list(pool.map(one, [key for key in keys if key in missing]))
@@ -204,7 +208,7 @@ def answer(client, request: dict, own: config.Server, url: str) -> dict:
             return {"text": str(refusal or content or ""), "finish": finish if str(finish) in UNFINISHED else "stop",
                     "tokens_in": int(usage.get("prompt_tokens") or 0), "tokens_out": int(usage.get("completion_tokens", own.max_new_tokens) or 0)}
         except openai.APIError as error:
-            if error.code == "content_filter":  # some servers judge the prompt before they answer
+            if error.code in ("content_filter", "content_policy_violation"):  # some servers judge the prompt before they answer
                 return {"text": "", "finish": "content_filter", "tokens_in": 0, "tokens_out": 0}
             status = getattr(error, "status_code", "no answer")
             key = f", with the key in the environment variable {own.key_variable or '(none)'}" if status in (401, 403) else ""

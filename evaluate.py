@@ -65,7 +65,7 @@ def summarise(rows: list) -> dict:
         made["orders_agree"] = share(given[k] is not None and data.flip(given[k]) == turned[k] for k in both)
     if rows[0]["mode"] == "think":
         made |= {name: share(row[name] for row in rows) for name in ("format_ok", "sums_ok", "consistent")}
-        if all(row["scores_right"] is not None for row in rows):  # the truth is known in the small world only
+        if all(row["scores_right"] is not None and row["facts_right"] is not None for row in rows):  # the truth is known in the small world only
             made |= {name: share(row[name] for row in rows) for name in ("scores_right", "facts_right")}
     return made
 
@@ -183,10 +183,10 @@ def run(stage: str, settings: config.Settings, folder: Path) -> str:
 # ----------------------------------------------------------------------------------------------- judging pairs of one's own
 
 def settings_of(run: Path, options=None) -> config.Settings:
-    """Those of a run's data, base and evaluation, or the defaults, if `run` is none; `options` that are given come first. Pictures and clips are
-    shown by them from here on."""
+    """Those of a run's data, base, GRPO and evaluation, or the defaults, if `run` is none; `options` that are given come first. Pictures and
+    clips are shown by them from here on."""
     settings = config.Settings()
-    for stage in ("data", "base", "evaluate"):
+    for stage in ("data", "base", "grpo", "evaluate"):
         for section, values in stages.read_facts(run / stage / "done.json").get("settings", {}).items():
             for name, value in values.items():
                 if hasattr(getattr(settings, section, None), name):  # what another version wrote may have other names

@@ -3,6 +3,7 @@
 A clip is a video file, an animation, a folder of frames or a list of them; a frame of a file is named as a file of its own, "clip.gif#3of8"."""
 
 import functools
+import os
 import re
 import struct
 from pathlib import Path
@@ -14,6 +15,7 @@ import config
 limits = config.Data()  # pixels and frames of what is shown in this process; stages.run_stages puts the run's own here
 MAX_FRAMES, VIDEO_FILES = 10_000, (".mp4", ".webm", ".mov", ".mkv", ".avi", ".m4v")  # five minutes at 30 a second; read by PyAV
 MAX_PIXELS, FORMATS = 2**26, ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")  # others may start programs (EPS: Ghostscript)
+FRAME = re.compile("(.+)#([0-9]{1,5})of([0-9]{1,5})", re.DOTALL)  # FILE, number, count
 BROKEN = (OSError, ValueError, TypeError, LookupError, ArithmeticError, RuntimeError, SyntaxError, EOFError, struct.error,
           Image.DecompressionBombError)
 
@@ -26,7 +28,10 @@ def to_rgb(image: Image.Image) -> Image.Image:
     if image.has_transparency_data:
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
     scale = min(1.0, (limits.max_pixels / (image.width * image.height)) ** 0.5)
-    return image.convert("RGB").resize([int(side * scale) or 1 for side in image.size], Image.Resampling.BICUBIC)
+    size = [int(side * scale) or 1 for side in image.size]
+    if max(size) > 200 * min(size):  # image processors refuse it
+        raise ValueError(f"{size[0]} x {size[1]} pixels once scaled down; no side may be over 200 times the other")
+    return image.convert("RGB").resize(size, Image.Resampling.BICUBIC)
 
 
 def frames_of(path: str, wanted=()):
@@ -54,8 +59,8 @@ def frames_of(path: str, wanted=()):
 
 def version(path: str) -> tuple:
     """Part of every cache's key: another one when the file, or that which a frame is of, was written anew, and under another limit."""
-    file = Path(re.sub("#[0-9]+of[0-9]+$", "", path))
-    return limits.max_pixels, file.exists() and file.stat().st_mtime_ns
+    file = frame[1] if (frame := FRAME.fullmatch(path)) else path
+    return limits.max_pixels, os.path.exists(file) and os.stat(file).st_mtime_ns
 
 
 @functools.lru_cache(maxsize=4)
@@ -70,7 +75,7 @@ def read_clip(path: str, count: int, version: tuple) -> tuple:
 
 def read_image(path: str) -> Image.Image:
     """An image file, or a frame of a clip: "clip.gif#3of8" is the third of eight spread evenly over it. RGB; UserError says what is wrong."""
-    frame = (found := re.fullmatch(r"(.+)#([0-9]{1,5})of([0-9]{1,5})", path)) and 0 < int(found[2]) <= int(found[3]) and found
+    frame = (found := FRAME.fullmatch(path)) and 0 < int(found[2]) <= int(found[3]) and found
     if not frame and path.lower().endswith(VIDEO_FILES):
         raise config.UserError(f"{path} is a video where an image belongs")
     return read_clip(frame[1], int(frame[3]), version(frame[1]))[0][int(frame[2]) - 1].copy() if frame else next(frames_of(path, (0,)))
@@ -85,7 +90,8 @@ def fit_clips(clips: list, frames: int = 0, pair_frames: int = 0) -> list:
     """Videos (a file, a folder or a list of frames) -> lists of equally many frames, at most `frames` each and `pair_frames` together (0: those of
     `limits`). Equally many: official files keep a pair apart by halves, and no candidate should be known by its length."""
     frames, pair_frames = frames or limits.frames, pair_frames or limits.pair_frames
-    given = [clip[0] if type(clip) is list and len(clip) == 1 and "#" not in Path(clip[0]).name else clip for clip in clips]  # official rows list all
+    single = lambda clip: type(clip) is list and len(clip) == 1 and not FRAME.fullmatch(clip[0])  # official rows list all files
+    given = [clip[0] if single(clip) else clip for clip in clips]
     number = lambda file: [piece.zfill(20) for piece in re.split(r"([0-9]+)", file.name)]  # frame_2 comes before frame_10
     files = lambda folder: [str(file) for file in sorted(Path(folder).glob("[!.]*"), key=number)]
     clips = [files(clip) if isinstance(clip, str) and Path(clip).is_dir() else clip for clip in given]

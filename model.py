@@ -1,13 +1,13 @@
 """The model: load it, turn prompts into tensors, sample from it, score what was sampled, save it.
 
-Checkpoints of Qwen2.5-VL, Qwen3-VL and LLaVA-OneVision run through the same lines as the small one (base/pretrain.py builds it). Two functions matter:
+Checkpoints of Qwen2.5-VL, Qwen3-VL and LLaVA-OneVision run through the same lines as the small one of base/pretrain.py. Two functions matter:
 
     generate(...)             samples G completions per prompt and returns their ids, lengths and log-probabilities
     completion_logprobs(...)  scores the same ids, with gradients; log pi(y_t | x, y_<t) of GRPO's ratio and KL
 
 Both share work: the prompt, which is mostly image, is run once, and its G completions on top of its key-value cache; `generate` runs
 completions as one text until they part, `completion_logprobs` runs equal ones once. `completion_logprobs(..., share_prompt=False)` is the
-plain form, one full sequence per row; the tests hold the two together. What a frozen vision tower makes of a prompt they can share, too (`encode_vision`).
+plain form, one full sequence per row; the tests hold the two together. What a frozen vision tower makes of a prompt they share (`encode_vision`).
 """
 
 import collections
@@ -48,6 +48,7 @@ BACKBONES = ("qwen2_5_vl", "qwen3_vl", "llava_onevision")
 LANGUAGE_WEIGHTS = ("model.language_model.", "lm_head.")
 VISION_WEIGHTS = ("model.visual.", "model.vision_tower.", "model.multi_modal_projector.", "model.image_newline")
 PIECE = 2**25  # logits that are in memory at a time, as scores are taken: 128 MB in fp32
+SEEN = 2**16  # patches that pass the vision tower at a time: 4 GB of activations in bf16
 PATCHES = {}  # of image files, for each kind of image processor; every stage asks for the same files
 SAFE = {"trust_remote_code": False, "use_safetensors": True}  # a checkpoint is data: neither its code nor its pickles are run
 KEPT_FILES = ("processor_config.json", "video_preprocessor_config.json", "chat_template.json")  # of a real checkpoint, for other programs
@@ -82,7 +83,7 @@ def load(path: str, dtype: torch.dtype | None = None, shard: bool = False) -> tu
         if kind.model_type not in BACKBONES:
             raise config.UserError(f"{path} is a {kind.model_type}; this project runs {', '.join(BACKBONES)}")
         dtype, shard = dtype or (torch.bfloat16 if gpu and kind.text_config.hidden_size >= 512 else torch.float32), shard and config.world()[1] > 1
-        model, report = AutoModelForImageTextToText.from_pretrained(path, dtype=torch.float32 if shard else dtype, attn_implementation="sdpa",
+        model, report = AutoModelForImageTextToText.from_pretrained(path, dtype=dtype, attn_implementation="sdpa",
                                                                     output_loading_info=True, **SAFE)
         files = {name: Path(file).read_text(encoding="utf-8") for name in KEPT_FILES if (file := cached_file(path, name, **optional))}
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
@@ -105,7 +106,7 @@ def shard_model(model, dtype: torch.dtype):
     """The weights dealt out to the processes, layer by layer; gradients come back added up over all of them. It computes and is saved in `dtype`."""
     policy, model.config.dtype = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32), dtype
     for part in [*model.model.language_model.layers, model]:
-        fully_shard(part, mp_policy=policy).set_gradient_divide_factor(1.0)
+        fully_shard(part.float(), mp_policy=policy).set_gradient_divide_factor(1.0)  # layer by layer: host memory never holds all in fp32
         part.set_force_sum_reduction_for_comms(True)  # gloo knows no other
     model.set_reduce_scatter_unused_params(True)  # a picture-less share, too, sends the gradients of the vision tower
     return model
@@ -126,7 +127,10 @@ def save(model, processor: Processor, folder: Path, dtype: torch.dtype | None = 
     state = {name: whole(value.detach()).to(place, dtype) for name, value in model.named_parameters()}  # tied weights once
     if not config.is_main():
         return
-    model.save_pretrained(folder, state_dict=state)
+    own = model.config.dtype
+    model.save_pretrained(folder, state_dict=state)  # writes the type of the parameters, which are fp32 where they are sharded
+    model.config.dtype = own
+    model.config.save_pretrained(folder)
     processor.tokenizer.save_pretrained(folder)
     processor.image_processor.save_pretrained(folder)
     for name, text in processor.files.items():
@@ -202,6 +206,8 @@ def encode(processor: Processor, model, parts: list, prefix: str = "", response:
         elif kind := kinds.get(piece):
             part = next(pictures[kind - 1])  # LLaVA's template shows all images before all videos
             patch, grid = encode_media(processor, part, tiled)
+            if kind == 2 and model.config.model_type == "qwen3_vl":
+                ids.pop()  # the template's start: each pair of frames brings its own, and the last one ends with the template's end
             ids += placeholders(tokenizer, model, part, piece, grid)
             grids[kind].append(grid)
             patches[kind].append(patch)
@@ -257,9 +263,11 @@ def collate(encoded: list, side: str, pad_id: int, device) -> dict:
 def encode_vision(model, encoded: list) -> None:
     """Runs a vision tower that does not learn once for all passes over these prompts, in place: "features", for types 1 and 2 a list of [n, d], one
     and with Qwen3-VL more for its first layers, stand in for "patches" from here on, for every model with the same tower. Nothing happens to
-    prompts of LLaVA-OneVision, whose features depend on the rest of the prompt, and of a model that is dealt out to processes."""
+    prompts of LLaVA-OneVision, whose features depend on the rest of the prompt, and of a model that is sharded."""
     if model.config.model_type == "llava_onevision" or isinstance(model, FSDPModule) or next(model.model.visual.parameters()).requires_grad:
         return
+    if len(encoded) > 1 and sum(len(patches) for e in encoded for patches in e["patches"].values() if patches is not None) > SEEN:
+        return encode_vision(model, encoded[::2]), encode_vision(model, encoded[1::2])
     for kind in (1, 2):
         if rows := [e for e in encoded if e["grids"][kind] is not None]:
             patches, grids = (torch.cat([e[name][kind] for e in rows]).to(device_of(model)) for name in ("patches", "grids"))
@@ -502,7 +510,7 @@ def placeholders(tokenizer, model, part: dict, token: int, grid: torch.Tensor) -
     for frame in range(0, last + 1, 2):
         ids += tokenize(tokenizer, f"<{(frame + min(frame + 1, last)) / 4:.1f} seconds>", plain=True)
         ids += [model.config.vision_start_token_id] + [token] * (count // int(grid[0])) + [model.config.vision_end_token_id]
-    return ids
+    return ids[:-1]
 
 
 def llava_inputs(module, args, inputs: dict) -> tuple:

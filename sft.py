@@ -219,6 +219,8 @@ def run(stage: str, settings: config.Settings, folder: Path) -> str:
     own = getattr(settings, stage)
     if stage == "base":
         if settings.model.path and not settings.base.rebuild:
+            if idle := [key for key, value in vars(settings.model).items() if key != "path" and value != getattr(config.Model, key)]:
+                raise config.UserError(f"model.{idle[0]} is that of a base trained here (--base.rebuild true); {settings.model.path} has its own")
             return f"starts from {settings.model.path}"
         return importlib.import_module("base.pretrain").build_base(settings, folder)
     start, examples = start_and_examples(stage, settings, folder.parent)

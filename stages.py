@@ -103,7 +103,8 @@ def made_of(stage: str, settings: Settings, out: Path) -> dict:
         named = [one for split in ("distill", "pool", "test") for one in importlib.import_module("data").sources(split, settings.data)]
         files = {path: Path(path) for _, path, _ in named}
     if stage == "base" and settings.model.path and not settings.base.rebuild:
-        files = {f"model.path/{file.name}": file for file in Path(checkpoint(stage, settings, out)).glob("*.safetensors")}
+        files = {name: Path(name) for name in was if name.startswith("model.path/")}
+        files = {f"model.path/{file.name}": file for file in Path(checkpoint(stage, settings, out)).glob("*.safetensors")} or files
     files = {name: digest(file) if file.is_file() else was.get(name) for name, file in files.items()}
     rows = {f"{s}/{file.name}": digest(file) for s in read for file in (out / s).glob("*.jsonl")}
     return facts | files | rows | {"run.seed": settings.run.seed} | {s: made_by(s, out) for s in read}
@@ -165,11 +166,14 @@ def do_stage(stage: str, settings: Settings, out: Path, command: str, anew: bool
             mark.unlink()
     wait_for_all()
     torch.manual_seed(int.from_bytes(hashlib.sha256(f"{settings.run.seed}/{stage}".encode()).digest()[:4], "big"))
-    gc.collect()  # of the stage before: a sharded model holds itself
     made = importlib.import_module(script).run(stage, settings, folder)
+    gc.collect()  # a sharded model holds itself
     for file in filter(Path.is_file, folder.iterdir()) if is_main() else []:  # the others would meet files that it is still renaming
         config.flush(file)  # rows and weights are on the disk before done.json says so
-    facts = {"id": f"{stage} {time.time_ns()}", "made": made, "seconds": round(time.time() - started, 1), "made_of": facts,
+    # Data, or a base that is only pointed at, is the same again when a mistake in a setting was put back, and what was trained on it still counts.
+    fixed = not anew and (stage == "data" or checkpoint(stage, settings, out) != str(folder))
+    name = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16] if fixed else time.time_ns()
+    facts = {"id": f"{stage} {name}", "made": made, "seconds": round(time.time() - started, 1), "made_of": facts,
              "settings": {section: dataclasses.asdict(getattr(settings, section)) for section in ["run", *sections]}}
     write_text(folder / "done.json", json.dumps(facts, indent=1))
     wait_for_all()
@@ -236,6 +240,17 @@ def main(default_stage: str, commands=()) -> None:
         give_up(one_line(said) + ("" if isinstance(error, UserError) else f"{after} (--debug says where this was)"))
 
 
+def alone(file: Path, at: Path):
+    """An open file which tells every other process that this one is at work in `at`; UserError if another is. The system lets go of it when the
+    process ends, however that ends."""
+    lock = open(f"{file}{os.environ.get('RANK', '0')}", "w")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError(f"another process is at work in {at}: wait for it, or give another --out")
+    return lock
+
+
 def run_stages(default_stage: str, arguments: list, commands) -> None:
     import __main__
 
@@ -268,7 +283,7 @@ def run_stages(default_stage: str, arguments: list, commands) -> None:
     if settings.run.shard and (sections := [name for name, values in vars(settings).items() if getattr(values, "offload", False)]):
         raise UserError(f"run.shard and offload exclude each other: {' '.join(f'--{name}.offload false' for name in sections)}")
     importlib.import_module("media").limits = settings.data
-    out = Path(options.get("--out", ROOT / "runs" / Path(options["--config"]).stem)).resolve()
+    out = Path(options.get("--out", ROOT / "runs" / Path(options["--config"]).name.removesuffix(".toml"))).resolve()
     given = {name: options[name] for name in ("--config", "--out") if name in options} | {f"--{name}": value for name, value in overrides}
     command = " ".join(f"{name} {shlex.quote(value)}" for name, value in given.items())
     whole = stage in ("grpo", "evaluate")  # the last stages of the paper: end with the table
@@ -276,12 +291,11 @@ def run_stages(default_stage: str, arguments: list, commands) -> None:
         raise UserError(f"--explain is for sft.py, rejection.py and grpo.py, not for {stage}")
     if explaining and world()[1] > 1:
         raise UserError("--explain shows one process; leave torchrun out")
+    ours = [*out.glob("lock*"), *out.glob("*/done.json")]
+    if foreign := [name for name in STAGES if not ours and any((out / name).glob("*"))]:
+        raise UserError(f"{out / foreign[0]} is of no run, and would be emptied: give another --out")
     out.mkdir(parents=True, exist_ok=True)
-    with open(out / f"lock{os.environ.get('RANK', '0')}", "w") as lock:  # the system lets go of it when the process ends, however that ends
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"another process is at work in {out}: wait for it, or give another --out")
+    with alone(out / "lock", out):
         # "data" comes first: `evaluate.after` judges the base on its pairs before any stage would ask for them.
         for step in plan(inputs(stage, settings) if explaining else ["data", stage, "evaluate"] if whole else [stage], settings):
             if not is_done(step, settings, out) or ("--force" in options and step == stage):

@@ -19,8 +19,9 @@ import numpy as np
 import config
 import data
 import media
+import report
+import stages
 from evaluate import LIMITS, choose_model, find_media, interval, judge, pair_scores, summarise, tie_metrics
-from report import percent
 
 BENCHMARKS = {  # the released layouts: (task, keys of the prompt, the media, the answers and the label); "|" between spellings of one key
     "vl_rewardbench": ("image_understanding", "query", ["image"], "response", "human_ranking"),  # JSON or parquet
@@ -97,10 +98,12 @@ def bench(options) -> None:
     out = Path(options.out or config.ROOT / "runs" / "bench" / f"{options.benchmark}-{'-'.join(Path(source).parts[-2:])}-{options.mode}.json")
     weights = [file.stat().st_mtime_ns for file in sorted(Path(source).glob("*.safetensors"))]
     shown = [own.max_new_tokens, *(getattr(media.limits, name) for name in LIMITS[:3])]
-    state = {"state": [{k: v for k, v in vars(options).items() if k not in ("out", "key_variable", *LIMITS)}, source, weights, style, template, shown]}
+    asked = {key: value for key, value in vars(options).items() if key not in ("out", "key_variable", *LIMITS)}
+    state = {"state": [asked, source, weights, style, template, shown]}
     if out.suffix != ".json" or (out.exists() and not out.read_bytes().startswith(json.dumps(state, indent=1)[:-2].encode())):
         raise config.UserError(f"{out} is no .json file, or holds results of another model, benchmark or setting; give another --out")
     out.parent.mkdir(parents=True, exist_ok=True)
+    lock = stages.alone(out.with_suffix(".lock"), out)  # until this returns
     config.write_text(out, json.dumps(state, indent=1))
     ties = any(sample.label == 0 for sample in samples.values())
     texts = out.with_suffix(f".{hashlib.sha256(repr(samples).encode()).hexdigest()[:16]}.texts")
@@ -113,9 +116,9 @@ def bench(options) -> None:
     print("".join(f"left out: {line}\n" for line in broken) + f"{source}, {options.mode}: {len(broken)} broken rows left out; {out}")
     print(f"{'%':<16}accuracy    95% interval   pairs  unreadable  orders agree")
     for name, cell in cells.items():
-        unreadable, agree = percent(cell.get("unreadable")), percent(cell.get("orders_agree"))
-        span = f"[{percent(cell['low'])}, {percent(cell['high'])}]"
-        print(f"{name:<16}{percent(cell['accuracy']):>8}{span:>16}{cell.get('pairs', '-'):>8}{unreadable:>12}{agree:>14}")
+        unreadable, agree = report.percent(cell.get("unreadable")), report.percent(cell.get("orders_agree"))
+        span = f"[{report.percent(cell['low'])}, {report.percent(cell['high'])}]"
+        print(f"{name:<16}{report.percent(cell['accuracy']):>8}{span:>16}{cell.get('pairs', '-'):>8}{unreadable:>12}{agree:>14}")
 
 
 def mcnemar(first: int, second: int) -> float:
@@ -130,6 +133,14 @@ def compare(options) -> None:
     read = lambda row, _: row | {key: row[key] for key in ("task", "id", "swapped", "label", "answer")}  # else it is no file of judgements
     both = [data.read_rows(Path(name).with_suffix(".jsonl"), read) for name in options.results]
     one, two = ({(row["task"], row["id"], row["swapped"], row["label"]) for row in rows} for rows in both)
+    marks = [stages.read_facts(Path(name).with_suffix(".json")) for name in options.results]
+    judged = [mark["state"][:3] for mark in marks if "splits" in mark]  # of a run: what judged which pairs
+    if len(judged) == 2 and judged[0][2] != judged[1][2]:
+        raise config.UserError(f"{' and '.join(options.results)} judge different pairs: the runs have another seed or other data")
+    for name, mark in zip(map(Path, options.results), marks):
+        stage, run = name.stem.rpartition("-")[0], name.absolute().parent.parent
+        if "splits" in mark and stages.made_by(stage, run) and mark["state"][:3] != report.judged_of(stage, run):
+            raise config.UserError(f"{name} was judged before its checkpoint or its pairs were made again: run evaluate.py first")
     if one != two or not one:
         raise config.UserError(f"{' and '.join(options.results)} judge different pairs: {len(one)} and {len(two)} rows, {len(one & two)} in common")
     print(f"A {options.results[0]}\nB {options.results[1]}\n{'%':<22}  pairs       A       B   B - A    95% interval  A only  B only         p")
@@ -138,5 +149,5 @@ def compare(options) -> None:
         counts = lambda row: row.get(key, "all") == name and (key == "split" or row.get("split", "test") == "test")
         a, b = (np.array([score for _, score in sorted(pair_scores(filter(counts, rows)).items())]) for rows in both)
         span, worse, better = "[{low:+.1f}, {high:+.1f}]".format_map(interval(100 * (b - a))), int((b < a).sum()), int((b > a).sum())
-        print(f"{name:<22}{len(a):>7}{percent(a.mean()):>8}{percent(b.mean()):>8}{100 * (b - a).mean():>+8.1f}"
+        print(f"{name:<22}{len(a):>7}{report.percent(a.mean()):>8}{report.percent(b.mean()):>8}{100 * (b - a).mean():>+8.1f}"
               f"{span:>16}{worse:>8}{better:>8}{mcnemar(worse, better):>10.3g}")

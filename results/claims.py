@@ -206,9 +206,15 @@ def table(options) -> None:
             raise config.UserError(f"{name} was tested on pairs whose true scores nobody knows; these tables are for the small world")
         if run.get("copy_of") not in (None, fingerprint(seed)):
             raise config.UserError(f"{path} is kept from a copy of another run than this {name.partition('-')[0]}: keep both again")
+        pairs_of = lambda one: {(row["split"], row["id"], row["swapped"]) for row in one["base-answer"]}
+        if (run["settings"].get("run.seed"), pairs_of(run)) != (seed["settings"].get("run.seed"), pairs_of(seed)):
+            raise config.UserError(f"{name} was tested on other pairs than {name.partition('-')[0]}")
         if options.keep:
             keep(run, Path(options.keep) / f"{name}.jsonl.gz", seed if "-" in name else None)
     plain = [run for name, run in named.items() if "-" not in name]
+    seeds = [run["settings"].get("run.seed", name) for name, run in named.items() if "-" not in name]
+    if len(set(seeds)) < len(seeds):
+        raise config.UserError("two of the runs have the same seed: give each its own --run.seed")
     found, rows = claims(plain), [(title, key) for title, key in KEYS if key.endswith("think")]
     points = lambda scope, e: f"{scope.replace('_', ' ')} {100 * e[0]:+.1f} [{100 * e[1]:+.1f}, {100 * e[2]:+.1f}]"
     lines = [[name, what, "<br>".join(points(*one) for one in scopes), decision(scopes)] for name, what, scopes in found]

@@ -14,6 +14,7 @@ import config
 import data
 import evaluate
 import model as M
+import stages
 from results.claims import markdown
 
 EDGES = (0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.01)
@@ -44,11 +45,12 @@ def votes(options) -> None:
     run, checkpoint = Path(options.run), Path(options.run) / "grpo"
     if not (checkpoint / "done.json").is_file() or options.votes < 1:
         raise config.UserError(f"{checkpoint} holds no finished model: python grpo.py makes one; --votes is 1 or more")
-    samples, own = data.read_samples(run / "data" / "test.jsonl"), evaluate.settings_of(run).evaluate
+    samples, settings = data.read_samples(run / "data" / "test.jsonl"), evaluate.settings_of(run)
+    style = stages.style("think", settings, run, "grpo")
     model, processor, made = *M.load(str(checkpoint)), []
     for turns, count in ((True, -(-options.votes // 2)), (False, options.votes)):  # an official row of understanding is judged as given only
         some = [sample for sample in samples if sample.can_swap == turns]
-        results = evaluate.judge_pairs(model, processor, some, votes=count, own=own, label="voting")
+        results = evaluate.judge_pairs(model, processor, some, votes=count, style=style, own=settings.evaluate, label="voting")
         made += [([row["answer"] for row in result["judgements"]][: options.votes], sample.label) for sample, result in zip(some, results)]
     said = [answer for answers, _ in made for answer in answers]
     print(f"{said.count(None)} of {len(said)} judgements cannot be read\n")

@@ -147,6 +147,16 @@ def test_runs_without_known_scores_are_refused(tmp_path):
         claims.table(argparse.Namespace(runs=[write_folder(tmp_path / "seed0", run, {})], keep="", json=""))
 
 
+def test_runs_of_the_same_seed_or_of_other_pairs_are_refused(tmp_path):
+    more = make_run({})
+    more["base-answer"] = more["base-answer"][1:]
+    for runs, says in (({"seed0": (make_run({}), 0), "seed1": (make_run({}), 0)}, "the same seed"), ({"seed2": (make_run({}), 2), "seed2-x": (make_run({}), 3)}, "other pairs"),
+                       ({"seed3": (make_run({}), 3), "seed3-x": (more, 3)}, "seed3-x was tested on other pairs than seed3")):
+        folders = [write_folder(tmp_path / name, run, {"run": {"seed": seed}}) for name, (run, seed) in runs.items()]
+        with pytest.raises(config.UserError, match=says):
+            claims.table(argparse.Namespace(runs=folders, keep="", json=""))
+
+
 def test_a_changed_run_without_the_run_of_its_seed_is_named(tmp_path):
     folders = [write_folder(tmp_path / name, make_run({}), {}) for name in ("seed0", "seed5-beta0")]
     with pytest.raises(config.UserError, match="seed5-beta0 is compared with seed5"):

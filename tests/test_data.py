@@ -112,6 +112,16 @@ def test_a_number_at_the_end_of_a_sentence_is_no_heading(said):
     assert verdict.scores == SCORES and verdict.consistent
 
 
+@pytest.mark.parametrize("thought", [
+    "1. Aesthetics: Image 1: a (9/10). Image 2: b (4/10).\n2. Aesthetics: Image 1: a (3/10). Image 2: b (8/10).\nTotal score: Image 1: 3=3. Image 2: 8=8.",
+    "1. A: Image 1: a (3/10). Image 2: b (8/10).\n2. B: Image 1: a (9/10). Image 1: c (9/10). Image 2: b (4/10).\nTotal score: Image 1: 3=3. Image 2: 8=8.",
+    "1. A: Image 1: a (3/10). Image 2: b (8/10).\n2. B: Image 1: a. Image 2: b.\nTotal score: Image 1: 3=3. Image 2: 8=8."])
+def test_sums_do_not_agree_where_an_item_is_left_out_of_them(thought):
+    """A heading that comes twice, an item that scores a candidate twice, one without scores: the sums are of fewer items than were written."""
+    verdict = parse_verdict(f"<think>{thought}</think>\n<answer>Image 2 is better</answer>", "image_generation")
+    assert verdict.format_ok and verdict.totals == {1: 3, 2: 8} and not verdict.sums_ok and not verdict.consistent
+
+
 def test_sums_do_not_agree_where_an_item_leaves_out_a_candidate():
     """Else leaving out what speaks for the other one would be paid for."""
     one_sided = TWO_ITEMS.replace(" Image 2: none (10/10).", "") + "Total score: Image 1: 9+8=17. Image 2: 4=4."

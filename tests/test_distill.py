@@ -257,7 +257,7 @@ def test_a_server_that_stays_broken_ends_the_run_and_loses_nothing(run_folder, s
     broken = True
     server = serve(samples, lambda attempt, s, body: (lambda handler: handler.send(503, b"{}")) if broken and s.id == samples[5].id else completion(right(s)))
     settings = teacher(server)
-    settings.distill.concurrency, settings.distill.retries = 1, 1
+    settings.distill.concurrency, settings.distill.retries, settings.distill.max_cost = 1, 1, 0.0  # without a limit they are asked in their order
     with pytest.raises(config.UserError, match="9 replies missing; sample .*5: .*503"):
         distill.run("distill", settings, run_folder / "distill")
     assert server.asked() == {s.id: 1 if k < 5 else 2 for k, s in enumerate(samples[:6])}
@@ -365,6 +365,18 @@ def test_what_a_prompt_costs_is_learnt_from_one_reply_before_many_are_asked_for(
             distill.run("distill", settings, run_folder / "distill")
         assert len(server.seen) == paid
         settings.distill.temperature, settings.distill.max_cost = 0.5, 3.5
+
+
+def test_the_dearest_prompts_are_asked_first_and_a_filter_tells_no_price(run_folder, serve):
+    """So that what is under way costs no more than what is known."""
+    samples = data.read_samples(run_folder / "data" / "distill.jsonl")
+    filtered = lambda handler: handler.send(400, b'{"error": {"message": "no", "code": "content_policy_violation"}}')
+    server = serve(samples, lambda attempt, s, body: completion(right(s), tokens=(100, 0)) if len(server.seen) > 2 else filtered)
+    settings = teacher(server, price_in=1e4, price_out=0.0, max_cost=2.5)
+    with pytest.raises(config.UserError, match="cost 1.0000, and 4 requests may add 4.0000"):
+        distill.run("distill", settings, run_folder / "distill")
+    lengths = sorted((len(s.prompt) for s in samples), reverse=True)
+    assert [len(next(s for s in samples if s.id == row["id"]).prompt) for row in server.seen] == lengths[:3] and lengths[0] > lengths[-1]
 
 
 def test_the_dearest_prompt_may_meet_the_longest_reply(run_folder, serve):

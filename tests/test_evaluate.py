@@ -26,6 +26,7 @@ import evaluate
 import model as M
 import report
 import shapes
+import stages
 from results import bench
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -302,6 +303,8 @@ def test_bench_counts_broken_rows_goes_on_where_it_was_stopped_and_keeps_its_res
     out = tmp_path / "results" / "vl.json"
     line = ["bench", "--benchmark", "vl_rewardbench", "--path", vl_file(tmp_path), "--model", BASE, "--mode", "answer"]
     line += ["--batch-rows", 1, "--max-new-tokens", 10, "--out", out]
+    with stages.alone(tmp_path / "busy.lock", out):
+        assert "another process is at work in " in refused(*line[:-1], tmp_path / "busy.json")
     run(*line)
     printed, first, kept = capsys.readouterr().out, json.loads(out.read_text()), out.with_suffix(".jsonl").read_text()
     assert "5 broken rows left out" in printed and printed.count("left out: ") == 5 == len(first["broken"])
@@ -388,6 +391,19 @@ def test_compare_refuses_different_pairs(tmp_path):
     assert "different pairs" in refused("compare", a, result(tmp_path / "b.json", [1, 2]))
     assert "different pairs" in refused("compare", a, result(tmp_path / "c.json", [1, 2, 0], label=2))
     assert "missing.json" in refused("compare", a, tmp_path / "missing.json")
+    for name, digest in (("seed0", "x"), ("again", "x"), ("seed1", "y")):  # ids are the same whatever the seed
+        run_folder = tmp_path / name
+        (run_folder / "evaluate").mkdir(parents=True), (run_folder / "data").mkdir()
+        (run_folder / "data" / "test.jsonl").write_text(digest), (run_folder / "data" / "done.json").write_text('{"id": "data 1"}')
+        state = ["grpo 1", "data 1", {"test": stages.digest(run_folder / "data" / "test.jsonl")}, {}]
+        result(run_folder / "evaluate" / "grpo-think.json", [1, 2, 0]).write_text(json.dumps({"splits": {}, "state": state}))
+    first, again, other = (tmp_path / name / "evaluate" / "grpo-think.json" for name in ("seed0", "again", "seed1"))
+    run("compare", first, again)
+    assert "another seed" in refused("compare", first, other)
+    (tmp_path / "again" / "grpo").mkdir(), (tmp_path / "again" / "grpo" / "done.json").write_text('{"id": "grpo 1"}')
+    run("compare", first, again)
+    (tmp_path / "again" / "grpo" / "done.json").write_text('{"id": "grpo 2"}')
+    assert "before its checkpoint" in refused("compare", first, again)
     (tmp_path / "pairs.jsonl").write_text('{"id": "1", "task": "image_generation", "label": 1}\n')
     assert "pairs.jsonl, line 1: KeyError: 'swapped'" in refused("compare", a, tmp_path / "pairs.jsonl")
 
@@ -527,6 +543,8 @@ def test_without_model_the_newest_run_is_taken_and_its_style_known(tmp_path, mon
         (tmp_path / "runs" / "new" / "base").mkdir(exist_ok=True)
         (tmp_path / "runs" / "new" / "base" / "done.json").write_text(json.dumps({"id": "base 1", "settings": {"model": {"path": str(base)}}}))
         assert (of("think"), of("answer")) == ("short", direct)
+    (tmp_path / "runs" / "new" / "grpo" / "done.json").write_text('{"id": "1", "settings": {"grpo": {"start": "base"}}}')  # it never learnt the short ones
+    assert of("think") == "full"
     assert evaluate.choose_model(Namespace(**vars(options) | {"model": "someone/model", "style": "short"}))[:2] == ("someone/model", "short")
 
 

@@ -85,6 +85,8 @@ CASES = {  # what is wrong: (command line, what the line has to say[, what makes
     "settings misspelt": ("grpo.py --config smal", "configs/ has"),
     "settings file missing": ("grpo.py --config {0}/x.toml", "x.toml"),
     "settings are a folder": ("grpo.py --config {0}/x.toml", "x.toml", lambda folder: (folder / "x.toml").mkdir()),
+    "a size of the model beside its path": ("sft.py --config small --stage base --out {0}/run --model.layers 8", "model.layers is that of a base trained"),
+    "--out is a folder of one's own": ("data.py --config smoke --out {0}", "data is of no run, and would be emptied", put("data/mine.txt")),
     "settings are no TOML": ("grpo.py --config {0}/x.toml", "x.toml: ", put("x.toml", "[grpo\nlr = 1")),
     "settings are no UTF-8": ("grpo.py --config {0}/x.toml", "x.toml: ", put("x.toml", b"[grpo]\nkl = '\xff'")),
     "the same key twice": ("grpo.py --config {0}/x.toml", "Cannot overwrite", put("x.toml", "[grpo]\nlr = 1.0\nlr = 2.0")),

@@ -168,6 +168,12 @@ def claim(path, kind: bytes, body: bytes) -> None:
     path.write_bytes(png[:at] + kind + body + PngImagePlugin._crc32(kind + body).to_bytes(4, "big") + png[at + 8 + len(body) :])
 
 
+def test_a_side_that_rounding_makes_too_long_is_refused_before_an_image_processor_sees_it(tmp_path):
+    Image.new("RGB", (9990, 50)).save(tmp_path / "long.png")  # 199.8 : 1, and 7237 : 36 = 201 : 1 once scaled down
+    with pytest.raises(config.UserError, match="long.png: 7237 x 36 pixels once scaled down"):
+        media.read_image(str(tmp_path / "long.png"))
+
+
 def test_a_decompression_bomb_and_other_strange_files_are_one_line_that_names_them(tmp_path):
     Image.new("1", (8, 8)).save(tmp_path / "bomb.png")
     claim(tmp_path / "bomb.png", b"IHDR", (20_000).to_bytes(4, "big") * 2 + b"\x01\x00\x00\x00\x00")
@@ -530,12 +536,12 @@ def test_official_files_can_be_sources(folder):
 
 
 def test_a_clip_is_a_clip_whatever_its_folder_is_called_and_whatever_else_a_row_says(folder):
-    """An official row's GIF is no image because it is one file, nor one frame because of a # in its folder; further columns are nobody's scores."""
+    """An official row's GIF is no image because it is one file, nor one frame because of a # in its name; further columns are nobody's scores."""
     (folder / "se#t").mkdir()
-    (folder / "clip0.gif").rename(folder / "se#t" / "clip0.gif")
-    row = {"problem": "<video>What moves?", "solution": "<answer>Answer 1 is better</answer>", "images": ["se#t/clip0.gif"]}
+    (folder / "clip0.gif").rename(folder / "se#t" / "take #1.gif")
+    row = {"problem": "<video>What moves?", "solution": "<answer>Answer 1 is better</answer>", "images": ["se#t/take #1.gif"]}
     extra = pairs()[2] | {"scores": [0.2, 0.8], "reasons": "none", "response": ["x"]}
-    made = stage(folder / "run", pool=write(folder / "rows.jsonl", [row, row | {"images": "se#t/clip0.gif"}, extra]))["pool"]
+    made = stage(folder / "run", pool=write(folder / "rows.jsonl", [row, row | {"images": "se#t/take #1.gif"}, extra]))["pool"]
     assert [(s.task, len(s.media[0])) for s in made[:2]] == [("video_understanding", 8)] * 2
     assert made[2].swapped().answers == extra["answers"][::-1] and not made[2].scores
 

@@ -61,6 +61,14 @@ def work(out: Path, *jobs) -> None:
                 made = M.completion_logprobs(model, processor, prompts, torch.arange(30, 30 + 2 * width).view(2, width), torch.full((2,), width))
                 made.sum().backward()
                 assert made.shape == (2, width)
+            path = str(config.ROOT / "configs" / "small-base")
+            (halves, _), (whole, _) = M.load(path, torch.bfloat16, shard=True), M.load(path, torch.bfloat16)
+            for mine, its in zip(halves.parameters(), whole.parameters()):  # fp32 to learn on, bf16 to compute with and in the saved files
+                assert mine.dtype == torch.float32 and torch.equal(mine.full_tensor(), its.float())
+            for name, one in (("sharded", halves), ("whole", whole)):
+                M.save(one, processor, out / name)
+            if config.is_main():
+                assert (out / "sharded" / "config.json").read_text() == (out / "whole" / "config.json").read_text()
         elif job == "too_few":
             settings.grpo_direct.prompts_per_step = 3
             grpo.run("grpo_direct", settings, out / "policy")

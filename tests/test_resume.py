@@ -357,6 +357,36 @@ def test_a_changed_source_of_any_split_makes_the_data_anew(tmp_path, split):
     assert made == [hashlib.sha256(text).hexdigest()[:16] for text in (b"one\n", b"two\n")]
 
 
+def test_a_mistake_in_a_setting_that_is_put_back_takes_nothing_away(tmp_path):
+    """The base is pointed at, the data are drawn from settings: both are the same again, and what was trained on them still counts."""
+    settings, made = config.load_settings("smoke", [("data.pool_pairs", "1"), ("data.distill_pairs", "2"), ("data.test_pairs", "1")]), []
+    own = tmp_path / "own"
+    shutil.copytree(ROOT / settings.model.path, own)
+    for path, pairs, anew in ((own, 1, False), (tmp_path / "typo", 2, False), (own, 1, False), (own, 1, True)):
+        settings.model.path, settings.data.pool_pairs = str(path), pairs
+        for stage in ("data", "base"):
+            stages.do_stage(stage, settings, tmp_path / "run", "", anew)
+        made.append([stages.made_by(stage, tmp_path / "run") for stage in ("data", "base")])
+    assert made[0] == made[2] and all(a != b for k in (1, 3) for a, b in zip(made[0], made[k]))
+    shutil.rmtree(own)  # a disk that is not there: what was made counts
+    assert stages.is_done("base", settings, tmp_path / "run")
+
+
+def test_a_run_has_the_whole_name_of_its_settings(tmp_path, monkeypatch):
+    monkeypatch.setattr(stages, "ROOT", tmp_path)
+    monkeypatch.setattr(config, "ROOT", tmp_path)
+    for name in ("m2.5-3b", "m2.5-7b"):
+        (tmp_path / f"{name}.toml").write_text(f"[model]\npath = '{ROOT}/configs/small-base'\n")
+        stages.run_stages("rejection_sft", ["--config", str(tmp_path / f"{name}.toml"), "--stage", "base"], ())
+    assert {path.name for path in (tmp_path / "runs").iterdir()} == {"m2.5-3b", "m2.5-7b"}
+
+
+def test_two_processes_write_one_file_without_meeting(tmp_path):
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import config, pathlib\nfor k in range(300): config.write_file(pathlib.Path(sys.argv[1]), lambda s: s.write(b'x'))"
+    both = [subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "file")], stderr=subprocess.PIPE) for _ in range(2)]
+    assert [(one.communicate()[1], one.returncode) for one in both] == [(b"", 0)] * 2 and (tmp_path / "file").read_bytes() == b"x"
+
+
 LEARNING = {"max_skipped", "micro_tokens", "gradient_checkpointing", "offload", "save_minutes"}
 SERVER = {"key_variable", "concurrency", "timeout", "retries"}
 
