@@ -19,9 +19,9 @@ import numpy as np
 import config
 import data
 import media
-import report
 import stages
 from evaluate import LIMITS, choose_model, find_media, interval, judge, pair_scores, summarise, tie_metrics
+from report import judged_of, percent
 
 BENCHMARKS = {  # the released layouts: (task, keys of the prompt, the media, the answers and the label); "|" between spellings of one key
     "vl_rewardbench": ("image_understanding", "query", ["image"], "response", "human_ranking"),  # JSON or parquet
@@ -116,9 +116,9 @@ def bench(options) -> None:
     print("".join(f"left out: {line}\n" for line in broken) + f"{source}, {options.mode}: {len(broken)} broken rows left out; {out}")
     print(f"{'%':<16}accuracy    95% interval   pairs  unreadable  orders agree")
     for name, cell in cells.items():
-        unreadable, agree = report.percent(cell.get("unreadable")), report.percent(cell.get("orders_agree"))
-        span = f"[{report.percent(cell['low'])}, {report.percent(cell['high'])}]"
-        print(f"{name:<16}{report.percent(cell['accuracy']):>8}{span:>16}{cell.get('pairs', '-'):>8}{unreadable:>12}{agree:>14}")
+        unreadable, agree = percent(cell.get("unreadable")), percent(cell.get("orders_agree"))
+        span = f"[{percent(cell['low'])}, {percent(cell['high'])}]"
+        print(f"{name:<16}{percent(cell['accuracy']):>8}{span:>16}{cell.get('pairs', '-'):>8}{unreadable:>12}{agree:>14}")
 
 
 def mcnemar(first: int, second: int) -> float:
@@ -139,7 +139,7 @@ def compare(options) -> None:
         raise config.UserError(f"{' and '.join(options.results)} judge different pairs: the runs have another seed or other data")
     for name, mark in zip(map(Path, options.results), marks):
         stage, run = name.stem.rpartition("-")[0], name.absolute().parent.parent
-        if "splits" in mark and stages.made_by(stage, run) and mark["state"][:3] != report.judged_of(stage, run):
+        if "splits" in mark and stages.made_by(stage, run) and mark["state"][:3] != judged_of(stage, run):
             raise config.UserError(f"{name} was judged before its checkpoint or its pairs were made again: run evaluate.py first")
     if one != two or not one:
         raise config.UserError(f"{' and '.join(options.results)} judge different pairs: {len(one)} and {len(two)} rows, {len(one & two)} in common")
@@ -149,5 +149,5 @@ def compare(options) -> None:
         counts = lambda row: row.get(key, "all") == name and (key == "split" or row.get("split", "test") == "test")
         a, b = (np.array([score for _, score in sorted(pair_scores(filter(counts, rows)).items())]) for rows in both)
         span, worse, better = "[{low:+.1f}, {high:+.1f}]".format_map(interval(100 * (b - a))), int((b < a).sum()), int((b > a).sum())
-        print(f"{name:<22}{len(a):>7}{report.percent(a.mean()):>8}{report.percent(b.mean()):>8}{100 * (b - a).mean():>+8.1f}"
+        print(f"{name:<22}{len(a):>7}{percent(a.mean()):>8}{percent(b.mean()):>8}{100 * (b - a).mean():>+8.1f}"
               f"{span:>16}{worse:>8}{better:>8}{mcnemar(worse, better):>10.3g}")
