@@ -17,6 +17,7 @@ sys.path.insert(0, str(ROOT))
 
 import config
 import data
+import grpo
 import model as M
 import sft
 import stages
@@ -87,6 +88,7 @@ def test_grpo_reads_what_its_settings_name_and_that_is_made_first(tmp_path):
     assert order() == ["base", "data", "distill", "cold_start", "rejection", "rejection_sft", "grpo", "grpo_direct"]
     assert order(("grpo.start", "direct_sft"), ("grpo.data", "pool")) == ["base", "data", "distill", "cold_start", "rejection", "direct_sft", "grpo", "grpo_direct"]
     assert order(("grpo.start", "base"), ("grpo.data", "pool")) == ["base", "data", "grpo", "grpo_direct"]
+    assert "rejection" in order(("grpo.start", "base"), ("grpo.data", "correct"))
     reads = stages.made_of("grpo", config.load_settings("smoke", [("grpo.start", "direct_sft")]), tmp_path)
     assert {"direct_sft", "rejection", "data"} < set(reads) and "rejection_sft" not in reads
 
@@ -126,8 +128,12 @@ def test_grpo_logs_its_health_and_its_samples(chain):
         for name in ("reward", "reward_format", "reward_accuracy", "zero_variance_share", "kl", "entropy", "clip_share", "length", "truncated_share", "grad_norm",
                      "seconds_rollout", "seconds_reference", "seconds_update"):
             assert isinstance(row[name], (int, float)), name
-    for row in data.read_jsonl(out / "grpo" / "samples.jsonl"):
-        assert len(row["completions"]) == len(row["rewards"]) == len(row["advantages"]) == 4
+    for stage, file in (("grpo", "rejection/wrong.jsonl"), ("grpo_direct", "data/pool.jsonl")):
+        label = {s.id: s.label for s in data.read_samples(out / file)}
+        for row in data.read_jsonl(out / stage / "samples.jsonl"):
+            assert len(row["completions"]) == len(row["rewards"]) == len(row["advantages"]) == 4
+            assert row["label"] == label[row["id"]], "random_order is off"
+            assert row["advantages"] == pytest.approx(grpo.group_advantages(torch.tensor([row["rewards"]]))[0].tolist()), "scale_by_std is on"
 
 
 @pytest.mark.parametrize("stage", ["cold_start", "rejection_sft", "grpo"])

@@ -786,6 +786,7 @@ def test_what_an_exercise_names_and_checks_is_true_of_the_picture_it_shows(split
             scene = scenes[sample.media.index(shown[which])]
             if kind != "check":
                 assert named_items(response) == set(scene["items"])
+                assert kind == "name" or re.match(r"(?:Image|Video) (\d): ", response)[1] == str(which + 1)
                 continue
             for thing, answer in (fact.rsplit(" ", 1) for fact in response.split(", ")):
                 true = thing == f"moves {scene.get('moves')}" if thing.startswith("moves") else tuple(thing.split()) in scene["items"]

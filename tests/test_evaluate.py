@@ -372,7 +372,7 @@ def test_compare_counts_the_test_split_alone_in_all_and_in_the_tasks(tmp_path, c
 
 def test_compare_reports_difference_and_discordant_pairs(tmp_path, capsys):
     rng = random.Random(0)
-    a, b = [rng.choice([0, 1, 2]) for _ in range(60)], [rng.choice([0, 2, 2]) for _ in range(60)]
+    a, b = [rng.choice([0, 1, 2]) for _ in range(60)], [rng.choice([0, 2, 2, 2, 2]) for _ in range(60)]
     run("compare", result(tmp_path / "a.json", a), result(tmp_path / "b.json", b))
     lines = capsys.readouterr().out.splitlines()
     worse, better = sum(y < x for x, y in zip(a, b)), sum(y > x for x, y in zip(a, b))
@@ -381,7 +381,7 @@ def test_compare_reports_difference_and_discordant_pairs(tmp_path, capsys):
         assert [int(cells[1]), int(cells[7]), int(cells[8])] == [60, worse, better]
         assert float(cells[2]) == pytest.approx(100 * sum(a) / 120, abs=0.06) and float(cells[3]) == pytest.approx(100 * sum(b) / 120, abs=0.06)
         assert float(cells[4]) == pytest.approx(100 * (sum(b) - sum(a)) / 120, abs=0.06)
-        assert float(cells[5]) < float(cells[4]) < float(cells[6])
+        assert 0 < float(cells[5]) < float(cells[4]) < float(cells[6])
         assert float(cells[9]) == pytest.approx(bench.mcnemar(worse, better), rel=0.01)
     assert [line.split()[0] for line in lines[-2:]] == ["all", "image_generation"]
 
@@ -573,6 +573,28 @@ def test_a_prompt_file_replaces_the_text_in_the_order_shown(base, pictures, tmp_
 # ------------------------------------------------------------------------------------------------------------- the report
 
 
+def test_every_figure_stands_under_its_own_head():
+    """No two figures of the row are the same, so none can stand in another's column."""
+    figures = iter(range(1, 100))
+    cells = lambda: {scope: next(figures) / 100 for scope in (*data.TASKS, "all")}
+    test, heldout, ties = cells(), cells(), {name: next(figures) / 100 for name in ("tau_calibrated", "diff", "tau")}
+    quality = {name: next(figures) / 100 for name in report.QUALITY}
+    row = {"name": "row", "splits": {"test": test | {"all": quality}, "heldout": heldout}, "ties": ties}
+    shown = {part: dict(zip(heads, cells[1:])) for part, (_, _, heads, [cells]) in report.tables([row]).items()}
+    assert shown["test"]["image gen."] == test["image_generation"] and shown["test"]["all pairs"] == quality
+    assert list(shown["heldout"].values()) == list(heldout.values())
+    assert shown["ties"] == {"diff": ties["diff"], "tau": ties["tau"], "tau calibrated": ties["tau_calibrated"]}
+    names = {"format_ok": "format", "sums_ok": "sums right", "consistent": "follows", "scores_right": "scores right", "facts_right": "facts right",
+             "orders_agree": "orders agree", "first_chosen": "first chosen", "unreadable": "unreadable"}
+    assert shown["quality"] == {head: quality[name] for name, head in names.items()}
+
+
+def test_the_browser_calls_right_only_what_is_the_label():
+    sample = data.Sample("1", "image_generation", label=1)
+    said = lambda answer: report.said_by({"answer": answer, "scores": {}, "text": ""}, sample)["right"]
+    assert [said(answer) for answer in (1, 2, 0, None)] == [True, False, False, False]
+
+
 def test_the_report_is_written_from_a_run_that_is_still_going(world, samples, tmp_path):
     """Stages are missing, one checkpoint is judged on some of the pairs, and a line of metrics is being written."""
     out = tmp_path / "run"
@@ -623,6 +645,16 @@ def test_each_resample_takes_its_own_best_threshold():
     """Of two choices of which one is right exactly where the other is wrong, the better is right in half or more of any resample."""
     one = np.arange(100) % 2
     assert evaluate.interval(one)["low"] < 0.45 < 0.5 <= evaluate.interval(np.array([one, 1 - one]))["low"]
+
+
+def test_facts_and_scores_are_held_against_their_own_truth(tiny, samples, tmp_path):
+    """A text that was kept before a stop: the right scores for both candidates, and for one of them a fact that is none."""
+    sample = samples[0]
+    facts = {name: ["nothing", pair[1]] for name, pair in sample.reasons.items()}
+    text = data.write_reasoning(sample.task, facts, sample.scores, data.verdict_string(sample.task, sample.label))
+    data.write_jsonl(tmp_path / "texts.jsonl", [{"texts": [text]}])
+    row, = evaluate.judge(*tiny, [sample], "think", config.Evaluate(), file=tmp_path / "texts.jsonl")
+    assert (row["text"], row["scores_right"], row["facts_right"]) == (text, 1.0, 0.5)
 
 
 def test_votes_are_drawn_at_temperature_one(base, samples):

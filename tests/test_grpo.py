@@ -436,6 +436,22 @@ def test_a_thinking_completion_is_judged_with_the_tag_its_prompt_opened(tiny, pr
     assert len(texts) == 4 and all(text.startswith("<think>") and text.count("<think>") == 1 for text in texts)
 
 
+def test_a_prompt_that_is_to_think_has_opened_the_tag(tiny, samples):
+    for mode, opened in (("think", data.THINK), ("answer", "")):
+        for prompt in grpo.encode_prompts(tiny[1], copy.deepcopy(tiny[0]), samples[::4], mode, "short"):
+            assert tiny[1].text(prompt["ids"]).endswith(f"assistant\n{opened}")
+
+
+def test_the_penalty_of_an_update_is_the_estimator_that_is_set(tiny, rolled):
+    """The reference lies 0.1 above the policy, so d = 0.1 at every token."""
+    for kl, value in (("k1", -0.1), ("k2", 0.005), ("k3", math.exp(0.1) - 1.1)):
+        _, metrics = one_update(tiny, rolled, kl=kl, lr=0.0)
+        assert metrics["kl"] == pytest.approx(value, rel=1e-3)
+    made = rolled[1]
+    assert 0 < made.truncated.sum() < 16 and metrics["truncated_share"] == made.truncated.float().mean()
+    assert metrics["length"] == made.lengths.float().mean()
+
+
 def test_control_tokens_after_a_judgement_cost_it_the_format(tiny):
     tokenizer = tiny[1].tokenizer
     ids = lambda text: torch.tensor(M.tokenize(tokenizer, text, plain=False))
@@ -458,12 +474,14 @@ def test_a_run_is_its_formulas_in_a_plain_loop(tiny, samples, tmp_path):
     settings = config.Settings(config.Run(seed=5), grpo=config.GRPO(
         mode="answer", start="direct_sft", data="pool", random_order=True, steps=3, prompts_per_step=4, group_size=5, updates_per_rollout=2, lr=2e-3,
         warmup=0.5, max_grad_norm=0.01, beta=0.5, kl="k2", clip_low=0.1, clip_high=0.3, scale_by_std=False, normalise="constant", format_weight=0.5,
-        temperature=1.3, max_new_tokens=40, micro_prompts=3))
+        temperature=1.3, max_new_tokens=40, micro_prompts=3, replay=0.5))
     grpo.run("grpo", settings, tmp_path / "grpo")
     (policy, _), (reference, _), (made, _) = (M.load(str(tmp_path / name)) for name in ("direct_sft", "direct_sft", "grpo"))
     learning = [p for name, p in policy.named_parameters() if "visual" not in name]
     optimizer, rng = torch.optim.AdamW(learning, betas=(0.9, 0.99), weight_decay=0.0), random.Random("5/grpo")
     order, chosen = rng.sample(pool, 12), 0
+    practice = sft.practice_examples("grpo", settings, tmp_path, 6)  # half an exercise per prompt, three steps of four prompts
+    practice = random.Random("5/grpo/replay").sample(practice, 6)
     for step, (row, shown) in enumerate(zip(data.read_jsonl(tmp_path / "grpo" / "metrics.jsonl"), data.read_jsonl(tmp_path / "grpo" / "samples.jsonl"))):
         batch = [s.swapped() if data.is_generation(s.task) and rng.random() < 0.5 else s for s in order[4 * step : 4 * step + 4]]
         prompts, draw = [M.encode(processor, policy, data.build_prompt(s, "answer", "full")) for s in batch], random.Random(f"5/grpo/{step}")
@@ -476,19 +494,25 @@ def test_a_run_is_its_formulas_in_a_plain_loop(tiny, samples, tmp_path):
         with torch.no_grad():
             old, ref = logprobs(policy), logprobs(reference)
         for _ in range(2):
-            now = logprobs(policy)
+            now, entropy = M.completion_logprobs(policy, processor, prompts, rolled.ids, rolled.lengths, 1.3, share_prompt=False, with_entropy=True)
             ratio, A = (now - old).exp(), advantages.view(-1, 1)
             per_token = 0.5 * (ref - now).square() / 2 - torch.minimum(ratio * A, ratio.clamp(0.9, 1.3) * A)
             optimizer.zero_grad()
-            (per_token[rolled.mask].sum() / (20 * 40)).backward()
+            encoded = [sft.encode_example(processor, policy, example) for example in practice[2 * step : 2 * step + 2]]
+            losses = [torch.nn.functional.cross_entropy(policy(**M.collate([e], "right", 0, "cpu")).logits[0, e["prompt_length"] - 1 : -1],
+                                                        e["ids"][e["prompt_length"] :], reduction="sum") for e in encoded]
+            replay_loss = sum(losses) / sum(len(e["ids"]) - e["prompt_length"] for e in encoded)
+            (per_token[rolled.mask].sum() / (20 * 40) + replay_loss).backward()
             norm = torch.nn.utils.clip_grad_norm_(learning, 0.01)
             optimizer.param_groups[0]["lr"] = 2e-3 * (0.5, 1, 0.5)[step]
             optimizer.step()
         assert (shown["id"], shown["label"], shown["completions"]) == (batch[step].id, batch[step].label, texts[step])
         assert shown["rewards"] == rewards[step].tolist() and shown["advantages"] == pytest.approx(advantages[step].tolist(), abs=1e-6)
         expected = {"reward": rewards.mean(), "reward_std": rewards.std(1).mean(), "zero_variance_share": sum(equal) / 4, "grad_norm": norm,
-                    "lr": optimizer.param_groups[0]["lr"]}
-        assert {name: row[name] for name in expected} == pytest.approx({name: float(value) for name, value in expected.items()}, rel=1e-3)
+                    "lr": optimizer.param_groups[0]["lr"], "length": rolled.lengths.float().mean(), "truncated_share": rolled.truncated.float().mean(),
+                    "entropy": entropy[rolled.mask].mean(), "ratio": ratio[rolled.mask].mean(), "replay_loss": replay_loss,
+                    "kl": ((ref - now).square() / 2)[rolled.mask].mean(), "loss": per_token[rolled.mask].sum() / (20 * 40)}
+        assert {name: row[name] for name in expected} == pytest.approx({name: float(torch.as_tensor(value).detach()) for name, value in expected.items()}, rel=1e-3, abs=1e-6)
         chosen += 4 - sum(equal)
     assert chosen > 3 and distance(made, policy) < 1e-3 * distance(made, reference)
 
