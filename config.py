@@ -45,11 +45,11 @@ class Run:
 
 @dataclass
 class Data:
-    distill_pairs: int = setting(1000, "image generation pairs shown to the teacher (paper: about 10K, of which 5.5K were kept)")
-    pool_pairs: int = setting(1000, "pairs per task in the unified pool (paper: about 105K in all)")
+    distill_pairs: int = setting(1000, "the small world's pairs for the teacher (paper: about 10K, of which 5.5K were kept); files take @first:N")
+    pool_pairs: int = setting(1000, "the small world's pairs per task in the unified pool (paper: about 105K in all)")
     distill_tasks: str = setting("image_generation", "the small world's pairs for the teacher: image_generation (the paper) or all tasks",
                                  allowed="image_generation|all")
-    test_pairs: int = setting(300, "pairs per task in the in-distribution test")
+    test_pairs: int = setting(300, "the small world's pairs per task in the in-distribution test")
     heldout_pairs: int = setting(100, "pairs per task whose colour-shape combinations were never trained on", allowed=(0, 1e12))
     tie_pairs: int = setting(90, "pairs per generation task in the split of which a third are ties", allowed=(0, 1e12))
     distill: str = setting("", "files to distil on: PATH, PATH@first:N, PATH@end:N, PATH@random:N, PATH@N%, ...; empty: the small world's own")

@@ -303,6 +303,8 @@ def row_sample(row: dict, root: Path) -> Sample:
     task = row.get("task") or next(iter(told), "")
     if task not in TASKS:
         raise ValueError((f"unknown task {task!r}; " if task else "no task and no verdict that tells it; ") + f'"task" is one of {", ".join(TASKS)}')
+    if not row.keys() & {"prompt", "media", "problem", "conversations"}:
+        raise ValueError('no pair: neither "prompt" and "media" nor "problem" or "conversations"')
     clips = (2 if is_generation(task) else 1) if is_video(task) else 0
     if clips and len(files) % clips:
         raise ValueError(f"{len(files)} frames are no two videos of equal length")
@@ -377,12 +379,15 @@ def run(stage: str, settings: config.Settings, out: Path) -> str:
         print(f"   {split}: data.{split} names no files, so pairs of the small world are drawn", flush=True)
     splits += ["heldout", "ties"] * (not settings.data.test)
     counts = {split: (write_sources if split in named else shapes.draw_split)(split, settings, out) for split in splits}
-    if "test" in named:
+    if named:
         config.wait_for_all()  # the first process has written them
+        made = {split: read_samples(out / f"{split}.jsonl") for split in splits}
         content = lambda s: (s.task, s.prompt, s.problem, *sorted(map(str, s.media)), *sorted(s.answers))
-        learnt, tested = ({content(s) for split in some for s in read_samples(out / f"{split}.jsonl")} for some in (splits[:2], splits[2:]))
-        if twice := len(learnt & tested):
+        learnt, tested = ({content(s) for split in some for s in made[split]} for some in (splits[:2], splits[2:]))
+        if "test" in named and (twice := len(learnt & tested)):
             print(f"   test: {twice} of its pairs are learnt from, too", flush=True)
+        if len({bool(s.problem) for some in made.values() for s in some}) > 1:
+            print("   some pairs bring prompts of their own, others are in parts: who learns from the one kind is judged with the other", flush=True)
     return ", ".join(f"{split} {count}" for split, count in counts.items()) + " pairs"
 
 

@@ -139,6 +139,12 @@ def generate_texts(model, processor, prompts: list, own, prefix: str = "", group
     return texts
 
 
+def weight(text: str, files: list, max_side: int) -> float:
+    """What a prompt costs beside another, as servers count: a token for 1,000 pixels or 4 letters, and some 64 for the least of pictures."""
+    sides = [[side * min(1.0, max_side / max(image.size)) for side in image.size] for image in map(read_image, files)]
+    return len(text) / 4 + sum(64 + width * height / 1000 for width, height in sides)
+
+
 def fetch(asked: dict, own: config.Server, url: str, request: dict, file: Path, label: str) -> None:
     """Appends to `file` a row for each of `asked`, {key: (sample id, content parts)}, that it lacks; own.concurrency requests at a time.
     After a problem, or when max_cost could be passed, nothing new is sent, but what is under way is waited for and kept."""
@@ -178,8 +184,8 @@ def fetch(asked: dict, own: config.Server, url: str, request: dict, file: Path, 
                 print(f"   {label}: {len(missing)} to go, {total('tokens_in')} + {total('tokens_out')} tokens" + priced, flush=True)
 
     keys = [key for key in asked if key in missing]
-    if own.max_cost:  # the dearest first: most pictures, longest text; what is under way then costs no more than what is known
-        keys.sort(key=lambda key: [(-len(files), -len(text)) for text, files in [data.to_text(asked[key][1])]])
+    if own.max_cost:  # the dearest first: what is under way then costs no more than what is known
+        keys.sort(key=lambda key: -weight(*data.to_text(asked[key][1]), own.max_side))
     if there := len(asked) - len(keys):
         print(f"   {label}: {there} of {len(asked)} replies are there from before", flush=True)
     if keys:
@@ -199,11 +205,14 @@ def fetch(asked: dict, own: config.Server, url: str, request: dict, file: Path, 
 def answer(client, request: dict, own: config.Server, url: str) -> dict:
     """One reply; it is data, and only parsed. The client itself tries again what may pass (429, 5xx, time limit, broken connection) after
     growing waits or the server's Retry-After; an answer nobody can read is left to us. UserError when in vain and for what will not pass."""
+    said = ""
     for attempt in range(own.retries + 1):
         try:
-            body = json.loads(client.chat.completions.with_raw_response.create(**request).text)
+            said = client.chat.completions.with_raw_response.create(**request).text
+            body = json.loads(said)
             choice, usage = body["choices"][0], body.get("usage") or {}
             refusal, content = choice["message"].get("refusal"), choice["message"].get("content")
+            content = "".join(part.get("text") or "" for part in content) if isinstance(content, list) else content
             finish = "refusal" if refusal else choice.get("finish_reason")
             return {"text": str(refusal or content or ""), "finish": finish if str(finish) in UNFINISHED else "stop",
                     "tokens_in": int(usage.get("prompt_tokens") or 0), "tokens_out": int(usage.get("completion_tokens", own.max_new_tokens) or 0)}
@@ -212,10 +221,11 @@ def answer(client, request: dict, own: config.Server, url: str) -> dict:
                 return {"text": "", "finish": "content_filter", "tokens_in": 0, "tokens_out": 0}
             status = getattr(error, "status_code", "no answer")
             key = f", with the key in the environment variable {own.key_variable or '(none)'}" if status in (401, 403) else ""
-            raise config.UserError(f"{url} ({status}{key}): {' '.join(error.message.split())[:300]}")
+            alone = " - if it takes the other pairs, take this one out of the data" * (status == 400)
+            raise config.UserError(f"{url} ({status}{key}): {' '.join(error.message.split())[:300]}{alone}")
         except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError):
             time.sleep(min(60.0, 0.5 * 2.0**attempt))
-    raise config.UserError(f"{url} answers, but not with a chat completion in JSON")
+    raise config.UserError(f"{url} answers, but not with a chat completion in JSON: {' '.join(said.split())[:200]}")
 
 
 def message_parts(parts: list, max_side: int, trained_here: bool) -> list:

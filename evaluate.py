@@ -216,8 +216,14 @@ def choose_model(options) -> tuple:
     if file and not template.strip():
         raise config.UserError(f"--prompt-file {file}: it is empty")
     stage, run = Path(source).absolute().name, Path(source).absolute().parent
+    if options.endpoint and "@" in options.endpoint:
+        raise config.UserError("--endpoint: no password in it; --key-variable names the environment variable that holds one")
     settings, made_here, moved = settings_of(run, options), stages.made_by(stage, run), not stages.made_by("base", run)
     trained = Path(source, "figures.json").is_file() or made_here and (moved or stages.style(options.mode, settings, run, stage) == "short")
+    learnt = run / "data" / "distill.jsonl"
+    known = template or options.style or not made_here or stage == "base" or not learnt.is_file()
+    if not known and any("prompt" not in row for row in data.read_jsonl(learnt)):
+        raise config.UserError(f"{source} learnt from rows with prompts of their own ({learnt}): give that text as --prompt-file, or --style full")
     style = options.style or ("short" if trained else "full")
     print(f"model: {source} ({style} prompts)", file=sys.stderr)
     own = dataclasses.replace(settings.evaluate, key_variable=options.key_variable)
@@ -277,6 +283,8 @@ def judge_command(options) -> None:
     if len(names) < 2 or (len(names) > 2 and not options.rank) or (options.answer if generation else len(shown) > 1):
         raise config.UserError(f"{task} takes {'two files' if generation else 'one medium, --answer A and --answer B'} (more candidates: --rank); "
                                f"got {len(options.media)} files and {len(options.answer)} answers")
+    if not all(text.strip() for text in [options.prompt, *options.answer]):
+        raise config.UserError("--prompt, or one of --answer, is empty")
     pairs, of = [(i, j) for j in range(len(names)) for i in range(j)], lambda values, pair: [values[k] for k in pair]
     source, style, template, own, load = choose_model(options)
     samples = [data.Sample("", task, options.prompt, of(shown, p) if generation else shown, [] if generation else of(names, p)) for p in pairs]
@@ -311,7 +319,7 @@ COMMANDS = {  # name: (function, or where it is, options as argparse takes them)
     "bench": ("results.bench:bench", {"--benchmark": dict(required=True, help="its name, see docs/real.md"),
                       "--path": dict(nargs="+", required=True, help="files or folder"),
                       "--media": dict(help="folder of images, videos, frames"), "--out": dict(help="FILE.json"), **OF_MODELS}),
-    "compare": ("results.bench:compare", {"results": dict(nargs=2, help="FILE.json of a bench run or of a run's evaluate folder")}),
+    "compare": ("results.bench:compare", {"results": dict(nargs=2, help="FILE.json of a bench run, or evaluate/STAGE-MODE.json of a run")}),
     "table": ("results.claims:table", {
         "runs": dict(nargs="+", help="run folders named seedN or seedN-WHAT, or files made by --keep"),
         "--keep": dict(help="folder for the judgements without their texts, 70 KB a run"), "--json": dict(help="FILE.json for the claims")}),

@@ -16,6 +16,7 @@ import data
 import distill
 import grpo
 import model as M
+import rejection
 import sft
 import stages
 
@@ -59,10 +60,11 @@ def explain_sft(stage: str, settings: config.Settings, out: Path) -> None:
 def explain_rejection(stage: str, settings: config.Settings, out: Path) -> None:
     """One pair of each task, judged once."""
     samples, own = data.read_samples(out / "data" / "pool.jsonl"), settings.rejection
-    samples = [next(s for s in samples if s.task == task) for task in data.TASKS if any(s.task == task for s in samples)]
+    drawn = list(zip(samples, rejection.seeds(samples, settings)))
+    samples, seeds = zip(*[next(one for one in drawn if one[0].task == task) for task in data.TASKS if any(s.task == task for s in samples)])
     model, processor = M.load(stages.checkpoint("cold_start", settings, out))
     prompts = [data.build_prompt(sample, "think") for sample in samples]
-    texts = distill.generate_texts(model, processor, prompts, own, data.THINK, temperature=own.temperature)
+    texts = distill.generate_texts(model, processor, prompts, own, data.THINK, temperature=own.temperature, seeds=seeds)
     for sample, text in zip(samples, texts):
         verdict = data.parse_verdict(text, sample.task)
         good, by_chance = distill.why_dropped(text, sample, own.select == "consistent") is None, own.select == "random"
@@ -78,14 +80,14 @@ def explain_grpo(stage: str, settings: config.Settings, out: Path) -> None:
     samples, start = grpo.training_samples(own, out), stages.checkpoint(own.start, settings, out)
     model, processor = M.load(start)
     optimizer = sft.optimizer_for(model, own)
-    for sample in samples:
+    for sample in samples[:32]:
         prompts = grpo.encode_prompts(processor, model, [sample], own.mode, stages.style(own.mode, settings, out, stage))
         made, texts, rewards = grpo.rollout(model, processor, [sample], own, prompts, [settings.run.seed])
         total = grpo.total_reward(rewards, own)
         if total.unique().numel() > 1:
             break
     else:
-        print("no group has unequal rewards; this is the last, and only the KL penalty moves it\n")
+        print(f"none of the first {len(samples[:32])} groups has unequal rewards; this is the last, and only the KL penalty moves it\n")
     advantages = grpo.group_advantages(total, own.scale_by_std)
     print(f"{sample.task}, {sample.id}, label {sample.label}\nprompt:\n{prompt_line(processor, prompts[0]['ids'])}\n")
     print(f"{'completion':>10}{''.join(f'{name:>13}' for name in rewards)}{'R':>8}{'A':>8}   says")

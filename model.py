@@ -77,6 +77,8 @@ def load(path: str, dtype: torch.dtype | None = None, shard: bool = False) -> tu
     keeps its part of the weights, in fp32, and FSDP2 fetches the rest of a layer, rounded so, while the layer runs. UserError: nothing to load."""
     if not Path(path).is_dir() and Path(path).is_absolute():
         raise config.UserError(f"no model folder {path}")
+    if Path(path).is_dir() and not Path(path, "config.json").is_file():
+        raise config.UserError(f"{path} holds no model; the folder of a trained stage does, as runs/small/grpo")
     gpu, optional = torch.cuda.is_available(), {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
     try:
         kind = AutoConfig.from_pretrained(path, trust_remote_code=False)

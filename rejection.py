@@ -20,6 +20,12 @@ import model as M
 import stages
 
 
+def seeds(samples: list, settings: config.Settings) -> list:
+    """What decides the judgement of each sample, in whatever batch or process it is sampled."""
+    rng = random.Random(f"{settings.run.seed}/rejection")
+    return [rng.getrandbits(32) for _ in samples]
+
+
 def run(stage: str, settings: config.Settings, folder: Path) -> str:
     own, out = settings.rejection, folder.parent
     samples = data.read_samples(out / "data" / "pool.jsonl")
@@ -28,10 +34,9 @@ def run(stage: str, settings: config.Settings, folder: Path) -> str:
                                                         stages.made_by("cold_start", out), label="judging the pool", style="short")]
     else:
         model, processor = M.load(stages.checkpoint("cold_start", settings, out))
-        rng = random.Random(f"{settings.run.seed}/rejection")
-        prompts, seeds = [data.build_prompt(sample, "think") for sample in samples], [rng.getrandbits(32) for _ in samples]
-        texts = distill.generate_texts(model, processor, prompts, own, data.THINK, 1, own.temperature, seeds, "judging the pool",
-                                       folder / "texts.jsonl")
+        prompts = [data.build_prompt(sample, "think") for sample in samples]
+        texts = distill.generate_texts(model, processor, prompts, own, data.THINK, 1, own.temperature, seeds(samples, settings),
+                                       "judging the pool", folder / "texts.jsonl")
     good = [distill.why_dropped(text, sample, own.select == "consistent") is None for sample, text in zip(samples, texts)]
     learnt = random.Random(f"{settings.run.seed}/random").sample(good, len(good)) if own.select == "random" else good  # shuffled
     correct, wrong, counts = [], [], {task: {"pairs": 0, "correct": 0, "malformed": 0} for task in data.TASKS}

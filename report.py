@@ -215,8 +215,8 @@ def write(out: Path) -> Path:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 2 or not Path(sys.argv[1]).is_dir():
-        stages.give_up("python report.py RUN_FOLDER")
+    if len(sys.argv) != 2 or not stages.is_run(Path(sys.argv[1])):
+        stages.give_up(f"python report.py RUN_FOLDER: {' '.join(sys.argv[1:]) or 'nothing'} holds no run")
     try:
         print(write(Path(sys.argv[1])))
     except (config.UserError, OSError) as error:

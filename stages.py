@@ -111,8 +111,9 @@ def made_of(stage: str, settings: Settings, out: Path) -> dict:
 
 
 def is_done(stage: str, settings: Settings, out: Path) -> bool:
-    """Finished, with these settings, from what its inputs hold now."""
-    return read_facts(out / stage / "done.json").get("made_of") == made_of(stage, settings, out)
+    """Finished, with these settings, from what its inputs hold now, and nothing of it is gone."""
+    facts = read_facts(out / stage / "done.json")
+    return facts.get("made_of") == made_of(stage, settings, out) and all((out / stage / name).is_file() for name in facts.get("files", []))
 
 
 def plan(targets: list, settings: Settings) -> list:
@@ -142,11 +143,20 @@ def begin(stage: str, settings: Settings, folder: Path, again: str, anew: bool) 
     write_text(folder / "begun.json", json.dumps({"made_of": facts, "threads": threads}))
 
 
+def passing(folder: Path) -> list:
+    """The files that only an unfinished stage needs."""
+    return [*folder.glob("*.state"), folder / "texts.jsonl", folder / "begun.json"]
+
+
 def tidy(folder: Path) -> None:
-    """Deletes what only an unfinished stage needs, before anyone looks at what the folder holds."""
-    for file in [*folder.glob("*.state"), folder / "texts.jsonl", folder / "begun.json"] if is_main() else []:
+    """Deletes what is passing, before anyone looks at what the folder holds."""
+    for file in passing(folder) if is_main() else []:
         file.unlink(missing_ok=True)
     wait_for_all()
+
+
+def is_run(out: Path) -> bool:
+    return any([*out.glob("lock*"), *out.glob("*/done.json")])
 
 
 def do_stage(stage: str, settings: Settings, out: Path, command: str, anew: bool = False) -> None:
@@ -168,13 +178,16 @@ def do_stage(stage: str, settings: Settings, out: Path, command: str, anew: bool
     torch.manual_seed(int.from_bytes(hashlib.sha256(f"{settings.run.seed}/{stage}".encode()).digest()[:4], "big"))
     made = importlib.import_module(script).run(stage, settings, folder)
     gc.collect()  # a sharded model holds itself
-    for file in filter(Path.is_file, folder.iterdir()) if is_main() else []:  # the others would meet files that it is still renaming
+    files = [file for file in folder.iterdir() if file.is_file()] if is_main() else []  # the others would meet files that it is still renaming
+    for file in files:
         config.flush(file)  # rows and weights are on the disk before done.json says so
+    kept = {file.name for file in files if file.suffix != ".tmp" and file not in passing(folder)} - {"done.json", "replies.jsonl"}
     # Data, or a base that is only pointed at, is the same again when a mistake in a setting was put back, and what was trained on it still counts.
     fixed = not anew and (stage == "data" or checkpoint(stage, settings, out) != str(folder))
     name = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16] if fixed else time.time_ns()
     facts = {"id": f"{stage} {name}", "made": made, "seconds": round(time.time() - started, 1), "made_of": facts,
-             "settings": {section: dataclasses.asdict(getattr(settings, section)) for section in ["run", *sections]}}
+             "settings": {section: dataclasses.asdict(getattr(settings, section)) for section in ["run", *sections]},
+             "files": sorted(kept)}  # without the replies of a server: were they gone, all would be paid for again
     write_text(folder / "done.json", json.dumps(facts, indent=1))
     wait_for_all()
     tidy(folder)
@@ -291,8 +304,7 @@ def run_stages(default_stage: str, arguments: list, commands) -> None:
         raise UserError(f"--explain is for sft.py, rejection.py and grpo.py, not for {stage}")
     if explaining and world()[1] > 1:
         raise UserError("--explain shows one process; leave torchrun out")
-    ours = [*out.glob("lock*"), *out.glob("*/done.json")]
-    if foreign := [name for name in STAGES if not ours and any((out / name).glob("*"))]:
+    if foreign := [name for name in STAGES if not is_run(out) and any((out / name).glob("*"))]:
         raise UserError(f"{out / foreign[0]} is of no run, and would be emptied: give another --out")
     out.mkdir(parents=True, exist_ok=True)
     with alone(out / "lock", out):

@@ -131,6 +131,8 @@ def compare(options) -> None:
     one of them judged better (where both orders were judged a pair can be half right, and this is the sign test). Of a run with several splits
     "all" and the tasks are those of its test split, as in its table."""
     read = lambda row, _: row | {key: row[key] for key in ("task", "id", "swapped", "label", "answer")}  # else it is no file of judgements
+    if bare := [name for name in options.results if not Path(name).with_suffix(".jsonl").is_file()]:
+        raise config.UserError(f"{bare[0]} has no judgements beside it: give FILE.json of a bench run, or runs/NAME/evaluate/STAGE-MODE.json")
     both = [data.read_rows(Path(name).with_suffix(".jsonl"), read) for name in options.results]
     one, two = ({(row["task"], row["id"], row["swapped"], row["label"]) for row in rows} for rows in both)
     marks = [stages.read_facts(Path(name).with_suffix(".json")) for name in options.results]

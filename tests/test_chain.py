@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import random
+import re
 import shutil
 import subprocess
 import sys
@@ -81,6 +82,40 @@ def test_a_repeated_stage_makes_what_was_built_on_it_stale(chain, tmp_path):
     assert run("distill.py --config smoke --out {0} --force", copy)[0] == 0
     _, printed = run("sft.py --config smoke --out {0} --stage cold_start", copy)
     assert [line.split(":")[0] for line in printed.splitlines() if line.startswith("== ")] == ["== cold_start"]
+
+
+@pytest.mark.parametrize("command, gone, again", [
+    ("rejection.py", "data/pool.jsonl", ["data"]), ("rejection.py", "cold_start/model.safetensors", ["cold_start", "rejection"]),
+    ("grpo.py", "evaluate/report.html", ["evaluate"]), ("evaluate.py", "evaluate/results.json", ["evaluate"]), ("distill.py", "data/media", [])])
+def test_what_is_gone_is_made_again_and_nothing_else(chain, tmp_path, command, gone, again):
+    """The data are the same again, so what was trained on them still counts. Media are not looked for: they may be anywhere."""
+    shutil.copytree(chain[0], tmp_path / "run")
+    lost = tmp_path / "run" / gone
+    before = lost.read_bytes() if lost.is_file() else shutil.rmtree(lost)
+    lost.unlink(missing_ok=True)
+    code, printed = run(command + " --config smoke --out {0}", tmp_path / "run")
+    assert code == 0 and [line.split()[1].strip(":") for line in printed.splitlines() if line.startswith("== ")] == again
+    assert not again or lost.stat().st_size and (lost.suffix != ".jsonl" or lost.read_bytes() == before)
+
+
+def test_explained_are_the_run_itself_and_its_formulas(chain, tmp_path):
+    shutil.copytree(chain[0], out := tmp_path / "run")
+    shown = {script: run(script + " --config smoke --out {0} --explain", out) for script in ("sft.py", "rejection.py", "grpo.py")}
+    assert [code for code, _ in shown.values()] == [0, 0, 0]
+    learnt = [float(row[-1]) for line in shown["sft.py"][1].splitlines() if len(row := line.rsplit(maxsplit=2)) == 3 and row[1] == "yes"]
+    part, tokens = re.search(r"its part of the loss: ([\d.]+) / (\d+) =", shown["sft.py"][1]).groups()
+    assert len(learnt) > 20 and sum(learnt) == pytest.approx(float(part), abs=0.0005 * len(learnt)) and int(tokens) > len(learnt)
+    wrong, correct = (data.read_jsonl(out / "rejection" / f"{name}.jsonl") for name in ("wrong", "correct"))
+    texts = {row["id"]: (row["judged"], "wrong.jsonl -> GRPO") for row in wrong}
+    texts |= {row["id"]: (row["conversations"][1]["value"], "correct.jsonl -> SFT") for row in correct}
+    ids = re.findall(r"_(?:generation|understanding), (pool-\d+): ", shown["rejection.py"][1])
+    assert len(ids) == 4
+    for id in ids:
+        said = shown["rejection.py"][1].partition(f", {id}: ")[2]
+        assert texts[id][0] in said and re.search(r"the label is \d: (.*)", said)[1] == texts[id][1]
+    rows = [line.split() for line in shown["grpo.py"][1].splitlines() if re.match(r"\s+\d+ .* [+-]\d", line)]
+    R, A = (torch.tensor([[float(row[k]) for row in rows]]) for k in (-3, -2))
+    assert len(rows) == 4 and R.unique().numel() > 1 and torch.allclose(grpo.group_advantages(R), A, atol=0.006)
 
 
 def test_grpo_reads_what_its_settings_name_and_that_is_made_first(tmp_path):

@@ -321,6 +321,10 @@ def test_a_killed_run_goes_on_where_it_was_and_the_key_is_nowhere(tmp_path, serv
     assert len(kept) == 12 and not dropped and all("[key]" in row["conversations"][1]["value"] for row in kept)
     assert all(row["authorization"] == f"Bearer {KEY}" for row in server.seen)
     assert not holds_key(tmp_path) and KEY not in done.stdout + done.stderr
+    file.unlink()
+    given = {f"data.{name}": value for name, value in sizes.items()} | {"distill.teacher": "some-model", "distill.base_url": server.url}
+    settings = config.load_settings("smoke", [(name, str(value)) for name, value in (given | {"distill.key_variable": "LOOPBACK_KEY"}).items()])
+    assert stages.is_done("distill", settings, out), "replies that are gone are not paid for again"
 
 
 def test_a_key_that_could_stand_in_any_text_takes_nothing_out_of_the_replies(run_folder, serve, monkeypatch):
@@ -377,6 +381,39 @@ def test_the_dearest_prompts_are_asked_first_and_a_filter_tells_no_price(run_fol
         distill.run("distill", settings, run_folder / "distill")
     lengths = sorted((len(s.prompt) for s in samples), reverse=True)
     assert [len(next(s for s in samples if s.id == row["id"]).prompt) for row in server.seen] == lengths[:3] and lengths[0] > lengths[-1]
+
+
+def test_of_prompts_with_as_many_pictures_the_largest_are_the_dearest(run_folder, serve):
+    """Their longest text has the smallest pictures, for which a server counts a hundredth of the others'."""
+    file = run_folder / "data" / "distill.jsonl"
+    samples = data.read_samples(file)
+    longest = max(samples, key=lambda s: len(s.prompt)).id
+    for sample in samples:
+        sample.media = [str(run_folder / f"{sample.id}-{k}.png") for k in (0, 1)]
+        for k, path in enumerate(sample.media):
+            Image.new("RGB", (40, 40) if sample.id == longest else (400, 400), (k, 0, len(sample.prompt))).save(path)
+    file.parent.unlink(), file.parent.mkdir()  # a link to what other tests read as well
+    data.write_jsonl(file, map(data.sample_row, samples))
+    server = serve(samples, lambda attempt, s, body: completion(right(s), tokens=(1 if s.id == longest else 100, 0)))
+    with pytest.raises(config.UserError, match="cost 1.0000, and 4 requests may add 4.0000"):
+        distill.run("distill", teacher(server, price_in=1e4, price_out=0.0, max_cost=2.5), run_folder / "distill")
+    assert len(server.seen) == 1 and server.seen[0]["id"] != longest
+
+
+def test_a_reply_in_parts_is_their_text_and_what_a_gateway_says_is_said(run_folder, serve):
+    samples = data.read_samples(run_folder / "data" / "distill.jsonl")
+    parts = lambda s: [{"type": "text", "text": right(s)[:20]}, {"type": "text", "text": right(s)[20:]}]
+    settings = teacher(serve(samples, lambda attempt, s, body: completion(parts(s))))
+    assert f"{len(samples)} agree" in distill.run("distill", settings, run_folder / "distill")
+    no = lambda handler: handler.send(200, b'{"error": {"message": "out of quota"}}')
+    settings = teacher(serve(samples, lambda attempt, s, body: no))
+    settings.distill.retries = 0
+    with pytest.raises(config.UserError, match="not with a chat completion in JSON: .*out of quota"):
+        distill.run("distill", settings, run_folder / "distill")
+    no = lambda handler: handler.send(400, b'{"error": {"message": "bad picture", "code": "invalid_image"}}')
+    settings = teacher(serve(samples, lambda attempt, s, body: no))
+    with pytest.raises(config.UserError, match="bad picture - if it takes the other pairs, take this one out"):
+        distill.run("distill", settings, run_folder / "distill")
 
 
 def test_the_dearest_prompt_may_meet_the_longest_reply(run_folder, serve):

@@ -697,6 +697,17 @@ def test_a_checkpoint_is_judged_in_both_orders_with_ties_offered_where_there_are
     assert judged() == expected() != first
 
 
+def test_who_learnt_from_prompts_of_their_own_is_judged_with_those_only_or_when_asked_to(samples, checkpoint, capsys):
+    official = {key: value for key, value in data.sample_row(samples[0]).items() if key != "prompt"}
+    judge = ("judge", "--task", "image_generation", "--prompt", "x", "--model", checkpoint / "direct_sft", "--max-new-tokens", "2", *samples[0].media)
+    for rows in ([data.sample_row(s) for s in samples], [data.sample_row(samples[0]), official]):
+        data.write_jsonl(checkpoint / "data" / "distill.jsonl", rows)
+        run(*judge) if len(rows) > 2 else None
+    assert "learnt from rows with prompts of their own" in refused(*judge) and "distill.jsonl" in refused(*judge)
+    run(*judge, "--style", "full")
+    assert "(full prompts)" in capsys.readouterr().err
+
+
 def test_what_an_earlier_checkpoint_said_before_a_stop_is_not_taken_for_the_present_ones(tiny, checkpoint):
     settings, ties = config.Settings(evaluate=config.Evaluate(max_new_tokens=6)), checkpoint / "data" / "ties.jsonl"
     row = lambda: data.read_jsonl(checkpoint / "evaluate" / "direct_sft-answer.jsonl")[0]["text"]
