@@ -382,12 +382,13 @@ def run(stage: str, settings: config.Settings, out: Path) -> str:
     if named:
         config.wait_for_all()  # the first process has written them
         made = {split: read_samples(out / f"{split}.jsonl") for split in splits}
-        content = lambda s: (s.task, s.prompt, s.problem, *sorted(map(str, s.media)), *sorted(s.answers))
-        learnt, tested = ({content(s) for split in some for s in made[split]} for some in (splits[:2], splits[2:]))
-        if "test" in named and (twice := len(learnt & tested)):
-            print(f"   test: {twice} of its pairs are learnt from, too", flush=True)
         if len({bool(s.problem) for some in made.values() for s in some}) > 1:
             print("   some pairs bring prompts of their own, others are in parts: who learns from the one kind is judged with the other", flush=True)
+        if "test" in named:
+            content = lambda s: (s.task, s.prompt, s.problem, *sorted(map(str, s.media)), *sorted(s.answers))
+            learnt, tested = ({content(s) for split in some for s in made[split]} for some in (splits[:2], splits[2:]))
+            if twice := len(learnt & tested):
+                print(f"   test: {twice} of its pairs are learnt from, too", flush=True)
     return ", ".join(f"{split} {count}" for split, count in counts.items()) + " pairs"
 
 

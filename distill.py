@@ -94,16 +94,19 @@ def ask(samples: list, own: config.Server, url: str, model: str, file: Path, mod
     ended a run, what is there is never paid for again; with anything changed it is asked anew. `checkpoint` is the fingerprint of one trained
     here, whose turn is begun for it; it is asked for by the name of its stage, so serve it as: vllm serve runs/NAME/grpo --served-model-name grpo"""
     prompts = [data.build_prompt(sample, mode, style, allow_tie) for sample in samples]
-    digests = lambda files: [hashlib.sha256(b"%d %d " % image.size + image.tobytes()).hexdigest() for image in map(read_image, files)]
+    look = lambda image: (hashlib.sha256(b"%d %d " % image.size + image.tobytes()).hexdigest(), image.size)
+    shown = [(text, [look(read_image(file)) for file in files]) for text, files in map(data.to_text, prompts)]
     shape = [url, model, checkpoint, mode, temperature, own.max_new_tokens, own.max_side]
-    keys = [hashlib.sha256(json.dumps([shape, text, digests(files)]).encode()).hexdigest() for text, files in map(data.to_text, prompts)]
+    keys = [hashlib.sha256(json.dumps([shape, text, [digest for digest, _ in seen]]).encode()).hexdigest() for text, seen in shown]
+    weights = [weight(text, [size for _, size in seen], own.max_side) for text, seen in shown]
     limit = "max_completion_tokens" if "api.openai.com" in url else "max_tokens"  # other servers know the older name
     begun = [{"role": "assistant", "content": data.THINK}] if checkpoint and mode == "think" else []
     request = {"model": model, "temperature": temperature, limit: own.max_new_tokens, "messages": begun}
     if checkpoint:  # for vLLM: the whole distribution, as in model.generate, whatever generation_config.json says; and go on with a turn begun
         request["extra_body"] = dict(top_p=1, top_k=-1, repetition_penalty=1, add_generation_prompt=not begun, continue_final_message=bool(begun))
     if config.is_main():
-        fetch({key: (sample.id, parts) for key, sample, parts in zip(keys, samples, prompts)}, own, url, request, file, label)
+        asked = {key: (sample.id, parts, heavy) for key, sample, parts, heavy in zip(keys, samples, prompts, weights)}
+        fetch(asked, own, url, request, file, label)
     config.wait_for_all()
     replies = {row["key"]: row for row in read_replies(file)}
     return [replies[key] for key in keys]
@@ -139,19 +142,19 @@ def generate_texts(model, processor, prompts: list, own, prefix: str = "", group
     return texts
 
 
-def weight(text: str, files: list, max_side: int) -> float:
-    """What a prompt costs beside another, as servers count: a token for 1,000 pixels or 4 letters, and some 64 for the least of pictures."""
-    sides = [[side * min(1.0, max_side / max(image.size)) for side in image.size] for image in map(read_image, files)]
-    return len(text) / 4 + sum(64 + width * height / 1000 for width, height in sides)
+def weight(text: str, sizes: list, max_side: int) -> float:
+    """What a prompt with pictures of these sizes costs beside another, as servers count: a token for 1,000 pixels or 4 letters, and some 64 for the
+    least of pictures."""
+    return len(text) / 4 + sum(64 + width * height * min(1.0, max_side / max(width, height)) ** 2 / 1000 for width, height in sizes)
 
 
 def fetch(asked: dict, own: config.Server, url: str, request: dict, file: Path, label: str) -> None:
-    """Appends to `file` a row for each of `asked`, {key: (sample id, content parts)}, that it lacks; own.concurrency requests at a time.
+    """Appends to `file` a row for each of `asked`, {key: (sample id, content parts, weight)}, that it lacks; own.concurrency requests at a time.
     After a problem, or when max_cost could be passed, nothing new is sent, but what is under way is waited for and kept."""
     secret = os.environ.get(own.key_variable, "").strip()
     if own.key_variable and not secret:
         raise config.UserError(f"the environment variable {own.key_variable} is to hold the key of {url}, and is not set")
-    if not secret.isascii() or re.search(r"\s", secret) or not re.fullmatch(r"https?://(\S+@)?([\w.-]+|\[[\da-f:]+\])(:\d+)?(/\S*)?", url):
+    if not secret.isascii() or re.search(r"\s", secret) or not re.fullmatch(r"https?://([\w.-]+|\[[\da-f:]+\])(:\d+)?(/\S*)?", url):
         raise config.UserError(f"{url!r} is to be http(s)://HOST[:PORT]/PATH, and the key in {own.key_variable or 'no variable'} plain ASCII")
     told = secret if len(secret) > 15 else "\0"  # "none" or "1", which servers of one's own take, stand in any text
     hide = lambda text: text.encode("utf-8", "replace").decode().replace(told, "[key]")  # a server may send the key back
@@ -164,7 +167,7 @@ def fetch(asked: dict, own: config.Server, url: str, request: dict, file: Path, 
     reserve = lambda: own.concurrency * dearest()  # for what is under way
 
     def one(key: str) -> None:
-        sample, parts = asked[key]
+        sample, parts, _ = asked[key]
         if problems or own.max_cost and total("cost") + reserve() > own.max_cost:
             return
         try:
@@ -185,7 +188,7 @@ def fetch(asked: dict, own: config.Server, url: str, request: dict, file: Path, 
 
     keys = [key for key in asked if key in missing]
     if own.max_cost:  # the dearest first: what is under way then costs no more than what is known
-        keys.sort(key=lambda key: -weight(*data.to_text(asked[key][1]), own.max_side))
+        keys.sort(key=lambda key: -asked[key][2])
     if there := len(asked) - len(keys):
         print(f"   {label}: {there} of {len(asked)} replies are there from before", flush=True)
     if keys:

@@ -222,7 +222,7 @@ def choose_model(options) -> tuple:
     trained = Path(source, "figures.json").is_file() or made_here and (moved or stages.style(options.mode, settings, run, stage) == "short")
     learnt = run / "data" / "distill.jsonl"
     known = template or options.style or not made_here or stage == "base" or not learnt.is_file()
-    if not known and any("prompt" not in row for row in data.read_jsonl(learnt)):
+    if not known and any(sample.problem for sample in data.read_samples(learnt)):
         raise config.UserError(f"{source} learnt from rows with prompts of their own ({learnt}): give that text as --prompt-file, or --style full")
     style = options.style or ("short" if trained else "full")
     print(f"model: {source} ({style} prompts)", file=sys.stderr)
